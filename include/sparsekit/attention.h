@@ -121,8 +121,8 @@ struct CudaContext {
   int multiprocessors = 0;
 };
 
-/// One implementation of attention. Dispatch takes the first of its list that does not refuse.
-/// `Context` is ParallelFor on the CPU and CudaContext on a GPU.
+/// One implementation of attention; `Context` is ParallelFor on the CPU and CudaContext on a GPU.
+/// Dispatch takes the first of its table that does not refuse: dispatch.cpp (CPU), dispatch_cuda.cpp.
 template <class Context>
 struct AttentionImplementation {
   const char* name;  // as `info()` shows it; on the CPU also the value of SPARSEKIT_ISA that forces it
@@ -134,15 +134,6 @@ struct AttentionImplementation {
   Status (*backward)(const AttentionBackward& arguments, const Context& context);
 };
 
-/// The implementations compiled into a library, best first.
-template <class Context>
-struct AttentionImplementations {
-  const AttentionImplementation<Context>* const* first;
-  int count;
-};
-AttentionImplementations<ParallelFor> attention_implementations_cpu();   // the last one, "reference", takes every problem
-AttentionImplementations<CudaContext> attention_implementations_cuda();  // only in the CUDA library
-
 /// Checks the arguments that do not depend on list contents: shapes against each other, block sizes, dtypes.
 Status attention_check(const AttentionProblem& problem);
 
@@ -150,15 +141,29 @@ Status attention_check(const AttentionProblem& problem);
 /// list, and with `duplicates` a block that one row lists twice. Reads CPU memory.
 Status attention_check_lists(const AttentionProblem& problem, bool duplicates);
 
-/// The first implementation that does not refuse, or an error with every reason. On the CPU SPARSEKIT_ISA is honoured.
-Status attention_choose(const AttentionProblem& problem, Direction direction, const ParallelFor& parallel,
-                        const AttentionImplementation<ParallelFor>** chosen);
-Status attention_choose(const AttentionProblem& problem, Direction direction, const CudaContext& context,
-                        const AttentionImplementation<CudaContext>** chosen);
+/// What each implementation of the library says to a problem, best first: `reason` is null where it would run.
+struct AttentionPlan {
+  static constexpr int capacity = 8;
+  struct Entry {
+    const char* name;
+    const char* reason;
+  } entries[capacity];
+  int count = 0;
+};
+AttentionPlan attention_plan(const AttentionProblem& problem, Direction direction, const ParallelFor& parallel);
+AttentionPlan attention_plan(const AttentionProblem& problem, Direction direction, const CudaContext& context);
+
+/// Bytes of `context.workspace` that the chosen CUDA implementation needs.
+size_t attention_workspace(const AttentionProblem& problem, Direction direction, const CudaContext& context);
 
 /// Runs the best CPU implementation. Checks arguments and lists first.
 Status attention_forward(const AttentionForward& arguments, const ParallelFor& parallel);
 Status attention_backward(const AttentionBackward& arguments, const ParallelFor& parallel);
+
+/// Runs the best CUDA implementation on the context's stream, without a host sync. Checks the arguments; list entries
+/// out of range are skipped and counts clamped on the device.
+Status attention_forward(const AttentionForward& arguments, const CudaContext& context);
+Status attention_backward(const AttentionBackward& arguments, const CudaContext& context);
 
 /// Merges `count` states of the same rows, each a (out, lse) pair over other keys, into one:
 /// lse = log sum exp(lse_s), out = sum exp(lse_s - lse) out_s; a row that no state saw keys for stays 0 and -inf.

@@ -1,0 +1,16 @@
+// The CUDA implementations, one folder of files per architecture. dispatch_cuda.cpp lists them best first.
+#pragma once
+
+#include "sparsekit/attention.h"
+
+namespace sparsekit {
+
+using CudaAttention = AttentionImplementation<CudaContext>;
+
+extern const CudaAttention attention_cuda_sm80;  // cuda_forward_sm80.cu, cuda_backward_sm80.cu
+
+// The backward half of attention_cuda_sm80.
+Status attention_backward_sm80(const AttentionBackward& arguments, const CudaContext& context);
+size_t attention_backward_workspace_sm80(const AttentionProblem& problem, const CudaContext& context);
+
+}  // namespace sparsekit

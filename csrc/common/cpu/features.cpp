@@ -1,0 +1,64 @@
+#include "common/cpu/features.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace sparsekit {
+namespace {
+
+constexpr const char* names[isa_count] = {"reference", "portable", "avx2", "avx512", "avx512_bf16", "amx"};
+
+struct Features {
+  bool offered[isa_count] = {true, true, false, false, false, false};
+  bool intel = false;
+
+  Features() {
+#ifdef SPARSEKIT_X86
+    // The compiler's run-time library reads CPUID and, for registers wider than SSE, XCR0.
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    offered[int(Isa::avx2)] = avx2;
+    offered[int(Isa::avx512)] = avx512;
+    offered[int(Isa::avx512_bf16)] = bf16;
+    offered[int(Isa::amx)] = bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+    intel = __builtin_cpu_is("intel");
+#endif
+  }
+};
+
+const Features& features() {
+  static const Features once;
+  return once;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) { return names[int(isa)]; }
+bool isa_offered(Isa isa) { return features().offered[int(isa)]; }
+bool bf16_dot_is_fast() { return !features().intel; }
+
+const char* isa_limit(Isa* limit, bool* forced) {
+  *limit = Isa::amx;
+  *forced = false;
+  const char* wanted = std::getenv("SPARSEKIT_ISA");
+  if (!wanted || !*wanted) return nullptr;
+  for (int i = 0; i < isa_count; ++i) {
+    if (std::strcmp(wanted, names[i]) != 0) continue;
+    if (!isa_offered(Isa(i))) {
+      thread_local char text[128];
+      std::snprintf(text, sizeof text, "SPARSEKIT_ISA=%s: this processor does not offer it", names[i]);
+      return text;
+    }
+    *limit = Isa(i);
+    *forced = true;
+    return nullptr;
+  }
+  return "SPARSEKIT_ISA is none of reference, portable, avx2, avx512, avx512_bf16, amx";
+}
+
+}  // namespace sparsekit
