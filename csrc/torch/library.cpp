@@ -14,6 +14,8 @@
   "float? scale=None, bool causal=False, int[2] window=[-1, -1], float softcap=0., "                   \
   "Tensor? key_bias=None, Tensor? sinks=None, Tensor? query_positions=None, "                          \
   "Tensor? key_positions=None, Tensor? transpose_offsets=None, Tensor? transpose_slots=None"
+// No "*" before the options, though callers name them: torch.library.register_autograd and register_vmap refuse schemas
+// with keyword-only tensors.
 #define FORWARD "Tensor query, Tensor key, Tensor value"
 #define BACKWARD "Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse"
 // grad_key_bias is [B, Hq, Sk] where asked for, grad_sinks [B, Hq] where sinks are given; else both are empty.
@@ -22,11 +24,11 @@
 
 STABLE_TORCH_LIBRARY(sparsekit, m) {
   // ---- attention
-  m.def("block_sparse_attn(" FORWARD ", " LISTS ", *, " OPTIONS ") -> (Tensor out, Tensor lse)");
-  m.def("block_sparse_attn_backward(" BACKWARD ", " LISTS ", *, " OPTIONS
+  m.def("block_sparse_attn(" FORWARD ", " LISTS ", " OPTIONS ") -> (Tensor out, Tensor lse)");
+  m.def("block_sparse_attn_backward(" BACKWARD ", " LISTS ", " OPTIONS
         ", bool key_bias_grad=False, bool deterministic=False) -> " GRADIENTS);
-  m.def("block_sparse_attn_varlen(" FORWARD ", " LISTS ", " PACKED ", *, " OPTIONS ") -> (Tensor out, Tensor lse)");
-  m.def("block_sparse_attn_varlen_backward(" BACKWARD ", " LISTS ", " PACKED ", *, " OPTIONS
+  m.def("block_sparse_attn_varlen(" FORWARD ", " LISTS ", " PACKED ", " OPTIONS ") -> (Tensor out, Tensor lse)");
+  m.def("block_sparse_attn_varlen_backward(" BACKWARD ", " LISTS ", " PACKED ", " OPTIONS
         ", bool key_bias_grad=False, bool deterministic=False) -> " GRADIENTS);
   m.def("merge_attention_states(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
 
