@@ -1,0 +1,50 @@
+// AVX-512 with BF16: Simd of AVX-512 and a Product over pairs of bf16 (`vdpbf16ps`, 32 multiply-adds each).
+#pragma once
+
+#include "common/cpu/simd_avx512.h"
+#include "common/cpu/simd_math.h"
+
+#define SPARSEKIT_BF16_PRODUCT 1  // kernels test this to know that the product exists
+
+namespace sparsekit {
+namespace {
+
+/// Products of bf16 pairs, added to fp32 lanes. An Element holds two neighbours of the inner dimension, the first in its
+/// low half. vdpbf16ps flushes denormals and rounds to nearest even whatever MXCSR says.
+struct Bf16Product {
+  using Element = uint32_t;
+  using Operand = Simd::Int;
+  static constexpr int pair = 2;
+  static constexpr int exp2_degree = 4;  // 2.6e-6, where rounding the weights to bf16 costs 2e-3
+
+  SPARSEKIT_INLINE Operand load(const Element* p) { return _mm512_loadu_si512(p); }
+  SPARSEKIT_INLINE Operand broadcast(const Element* p) { return _mm512_set1_epi32(int32_t(*p)); }
+  SPARSEKIT_INLINE Simd::Float madd(Operand a, Operand b, Simd::Float c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+  }
+  /// Two rows of fp32 to one row of pairs: `even` in the low halves. Rounds half away from zero: 4 instructions, where
+  /// vcvtne2ps2bf16 needs a shuffle besides (its halves are not interleaved).
+  SPARSEKIT_INLINE Operand join(Simd::Float even, Simd::Float odd) {
+    const __m512i half = _mm512_set1_epi32(0x8000), high = _mm512_set1_epi32(int32_t(0xffff0000));
+    __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16);
+    return _mm512_ternarylogic_epi32(low, _mm512_add_epi32(_mm512_castps_si512(odd), half), high, 0xf8);
+  }
+  SPARSEKIT_INLINE void store(Element* p, Operand a) { _mm512_storeu_si512(p, a); }
+};
+
+/// 16 pairs of neighbours along d of one row: what a query or key row is read as. Reads `count` bf16 (0 to 32).
+SPARSEKIT_INLINE Simd::Int load_bf16_pairs(const uint16_t* p, int count) {
+  return count >= 32 ? _mm512_loadu_si512(p)
+                     : _mm512_maskz_loadu_epi16(__mmask32((1ull << (count < 0 ? 0 : count)) - 1), p);
+}
+
+/// Interleaves two rows of `count` (0 to 16) bf16 along d: element d is (even[d], odd[d]).
+SPARSEKIT_INLINE Simd::Int interleave_bf16(const uint16_t* even, const uint16_t* odd, int count) {
+  __mmask16 first = Simd::first(count);
+  __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first, even));
+  __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first, odd));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+}  // namespace
+}  // namespace sparsekit
