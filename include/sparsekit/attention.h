@@ -95,6 +95,7 @@ struct AttentionProblem {
 struct AttentionForward : AttentionProblem {
   OutputView out;        // [batch, heads_q, len_q, value_dim]
   float* lse = nullptr;  // [batch, heads_q, len_q], contiguous
+  double* lse_f64 = nullptr;  // instead of lse where dtype is f64
 };
 
 /// Gradients. The caller passes lse and out as forward returned them; grad_lse may be null (zero).
@@ -102,6 +103,7 @@ struct AttentionBackward : AttentionProblem {
   InputView out, grad_out;
   const float* lse = nullptr;       // [batch, heads_q, len_q]
   const float* grad_lse = nullptr;  // [batch, heads_q, len_q] or null
+  const double* grad_lse_f64 = nullptr;  // instead of grad_lse where dtype is f64 (lse is not read there)
   BlockTranspose transpose;
   bool deterministic = false;  // the CPU kernels always are
 
