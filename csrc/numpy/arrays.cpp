@@ -41,7 +41,7 @@ Buffer allocate(size_t bytes) {
 Array::Array(const char* argument, nb::handle source, size_t dimensions) : name(argument) {
   if (source.is_none()) return;
   if (!nb::try_cast(source, array_, /*convert=*/false)) {
-    std::string type = nb::cast<std::string>(nb::handle((PyObject*)Py_TYPE(source.ptr())).attr("__name__"));
+    std::string type = nb::str(source.type().attr("__name__")).c_str();
     throw nb::type_error((std::string(name) + ": " + type + " found; a NumPy array or a DLPack producer on the CPU "
                           "supported").c_str());
   }
@@ -99,7 +99,8 @@ const T* plain(const nb::ndarray<nb::ro>& array, const char* name) {
     }
     expected *= int64_t(array.shape(i));
   }
-  return static_cast<const T*>(array.data());
+  static const T nothing{};  // an empty array may have no address, but a null pointer means that it was not given
+  return array.size() > 0 ? static_cast<const T*>(array.data()) : &nothing;
 }
 
 }  // namespace
