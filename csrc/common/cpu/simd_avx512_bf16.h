@@ -12,7 +12,7 @@ namespace {
 /// Products of bf16 pairs, added to fp32 lanes. An Element holds two neighbours of the inner dimension, the first in its
 /// low half. vdpbf16ps flushes denormals and rounds to nearest even whatever MXCSR says.
 struct Bf16Product {
-  using Element = uint32_t;
+  using Element __attribute__((aligned(2), may_alias)) = uint32_t;  // a key row stands where its tensor has it
   using Operand = Simd::Int;
   static constexpr int pair = 2;
   static constexpr int exp2_degree = 4;  // 2.6e-6, where rounding the weights to bf16 costs 2e-3
@@ -30,6 +30,10 @@ struct Bf16Product {
     return _mm512_ternarylogic_epi32(low, _mm512_add_epi32(_mm512_castps_si512(odd), half), high, 0xf8);
   }
   SPARSEKIT_INLINE void store(Element* p, Operand a) { _mm512_storeu_si512(p, a); }
+  /// Neighbouring lanes to neighbouring elements of an inner dimension: lanes / pair elements.
+  SPARSEKIT_INLINE void store_neighbours(Element* p, Simd::Float a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a));
+  }
 };
 
 /// 16 pairs of neighbours along d of one row: what a query or key row is read as. Reads `count` bf16 (0 to 32).
@@ -38,10 +42,11 @@ SPARSEKIT_INLINE Simd::Int load_bf16_pairs(const uint16_t* p, int count) {
                      : _mm512_maskz_loadu_epi16(__mmask32((1ull << (count < 0 ? 0 : count)) - 1), p);
 }
 
-/// Interleaves two rows of `count` (0 to 16) bf16 along d: element d is (even[d], odd[d]).
-SPARSEKIT_INLINE Simd::Int interleave_bf16(const uint16_t* even, const uint16_t* odd, int count) {
+/// Interleaves two rows of `count` (0 to 16) bf16 along d: element d is (even[d], odd[d]); without `second` (even[d], 0).
+SPARSEKIT_INLINE Simd::Int interleave_bf16(const uint16_t* even, const uint16_t* odd, int count, bool second) {
   __mmask16 first = Simd::first(count);
   __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first, even));
+  if (!second) return low;
   __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first, odd));
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
