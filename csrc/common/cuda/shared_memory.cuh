@@ -88,4 +88,12 @@ __device__ __forceinline__ uint32_t address_columns16(uint32_t tile, int first_r
   return tile + swizzled<ROW_BYTES>(first_row + (lane & 7) + ((lane >> 4) << 3), first_chunk + ((lane >> 3) & 1));
 }
 
+/// Moves such an address, given for chunk 0 or 1, on by 2 * `pairs` chunks of the same row: one XOR with a constant and
+/// an immediate offset. Rows a multiple of 16 further on are plain offsets of ROW_BYTES each.
+template <int ROW_BYTES>
+__device__ __forceinline__ uint32_t advance_chunks(uint32_t address, int pairs) {
+  constexpr int kPairs = ROW_BYTES % 128 == 0 ? 4 : 2;  // chunk pairs that the swizzle permutes among themselves
+  return (address ^ uint32_t(pairs % kPairs * 2 * kChunkBytes)) + uint32_t(pairs / kPairs * kPairs * 2 * kChunkBytes);
+}
+
 }  // namespace sparsekit::cuda

@@ -1,0 +1,134 @@
+// The host side of the sm_80 forward, and its entry in the table of implementations: which problems it takes, which
+// kernel and how many rows per CTA, and the launch.
+#include <cuda_runtime.h>
+
+#include "attention/cuda_forward_sm80.h"
+#include "attention/cuda_implementations.h"
+#include "attention/cuda_schedule.h"
+#include "common/cuda/launch.h"
+
+namespace sparsekit {
+namespace sm80 {
+namespace {
+
+constexpr int kMaxDim = 256;
+constexpr int64_t kMaxLength = INT32_MAX - 4096;  // rows and keys are int32 in the kernels
+
+int64_t list_rows(const AttentionProblem& p) { return p.batch * p.heads_q * p.lists.q_blocks; }
+
+/// The cheapest kernel that holds the problem's dimensions.
+const ForwardKernel* kernel_for(const AttentionProblem& p) {
+  const ForwardKernels kernels = p.dtype == DType::bf16  ? forward_kernels_bf16()
+                                 : p.dtype == DType::f16 ? forward_kernels_f16()
+                                                         : forward_kernels_f32();
+  for (int i = 0; i < kernels.count; ++i) {
+    if (p.head_dim <= kernels.first[i].head_dim && p.value_dim <= kernels.first[i].value_dim) return &kernels.first[i];
+  }
+  return nullptr;
+}
+
+/// How a kernel is launched on one card.
+struct Launch {
+  int rows = 0;  // of a CTA
+  bool two_buffers = false;
+  int shared_bytes = 0;
+};
+
+/// 128 rows per CTA read K and V half as often as 64, but need query blocks of 128 and enough of them for every
+/// multiprocessor. Two buffers of K and V save a barrier and hide more latency: taken where they cost no resident CTA.
+Launch plan_launch(const AttentionProblem& p, const ForwardKernel& kernel, const cuda::SharedMemory& card,
+                   int multiprocessors) {
+  const int element = int(size_of(p.dtype));
+  const int buffer = kernel.keys * (kernel.head_dim + kernel.value_dim) * element;
+  auto plan = [&](int rows) {
+    const int query = rows * kernel.head_dim * element;
+    auto resident = [&](int bytes) {
+      const int fit = bytes > card.per_block ? 0 : card.per_multiprocessor / (bytes + 1024);
+      const int registers_allow = kernel.ctas * 128 / rows;
+      return fit < registers_allow ? fit : registers_allow;
+    };
+    const int once = resident(query + buffer), twice = resident(query + 2 * buffer);
+    Launch launch;
+    if (once > 0) launch = {rows, twice >= once, query + (twice >= once ? 2 : 1) * buffer};
+    return launch;
+  };
+  Launch launch;
+  const bool fills_the_card = list_rows(p) >= multiprocessors;
+  if (p.lists.block_q == 128 && fills_the_card) launch = plan(128);
+  return launch.rows ? launch : plan(64);
+}
+
+const char* refuses(const AttentionProblem& p, Direction direction, const CudaContext& context);
+
+size_t forward_workspace(const AttentionProblem& p, const CudaContext& context) {
+  // Rows that all run at once need no order.
+  const int64_t at_once = int64_t(context.multiprocessors) * 2;
+  return list_rows(p) * (p.lists.block_q / 64) > at_once ? size_t(list_rows(p)) * sizeof(int32_t) : 0;
+}
+
+Status forward(const AttentionForward& p, const CudaContext& context) {
+  if (const char* reason = refuses(p, Direction::forward, context)) {
+    return error(Status::Kind::unsupported, "block-sparse attention on sm80: %s", reason);
+  }
+  if (list_rows(p) == 0 || p.value_dim == 0) return {};
+  const size_t workspace = forward_workspace(p, context);
+  if (context.workspace_bytes < workspace) {
+    return error(Status::Kind::invalid_argument, "workspace is %zu bytes; needed: %zu", context.workspace_bytes,
+                 workspace);
+  }
+  cuda::SharedMemory card;
+  Status status = cuda::shared_memory_of_device(&card);
+  if (!status.ok()) return status;
+  const ForwardKernel* kernel = kernel_for(p);
+  const Launch launch = plan_launch(p, *kernel, card, context.multiprocessors);
+  if (!launch.rows) {
+    return error(Status::Kind::unsupported,
+                 "block-sparse attention on sm80: head_dim %d needs more shared memory than %d", p.head_dim,
+                 card.per_block);
+  }
+  int32_t* order = nullptr;
+  if (workspace) {
+    order = static_cast<int32_t*>(context.workspace);
+    status = cuda::schedule_longest_first(p, order, context.stream);
+    if (!status.ok()) return status;
+  }
+  cudaError_t code = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel->kernel),
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
+  if (code != cudaSuccess) return cuda::status_of(code, "setting the forward kernel's shared memory");
+  const unsigned ctas = unsigned(list_rows(p) * (p.lists.block_q / launch.rows));
+  const unsigned threads = unsigned(launch.rows / kernel->rows_per_warp * 32);
+  kernel->kernel<<<ctas, threads, launch.shared_bytes, static_cast<cudaStream_t>(context.stream)>>>(p, order,
+                                                                                                    launch.two_buffers);
+  return cuda::status_of(cudaGetLastError(), "launching block-sparse attention forward");
+}
+
+const char* refuses(const AttentionProblem& p, Direction direction, const CudaContext& context) {
+  (void)context;
+  const int in_16_bytes = p.dtype == DType::f32 ? 4 : 8;
+  if (p.dtype == DType::f64) return "float64 runs on the CPU only; supported: float32, float16, bfloat16";
+  if (p.packed()) return "packed batches (cu_seqlens) are not taken on CUDA yet; supported: [batch, heads, rows, dim]";
+  if ((p.lists.block_q != 64 && p.lists.block_q != 128) || (p.lists.block_k != 64 && p.lists.block_k != 128)) {
+    return "block_size: supported on CUDA are 64 and 128 in any pairing";
+  }
+  if (p.head_dim > kMaxDim || p.value_dim > kMaxDim) return "head_dim, value_dim: supported are up to 256";
+  if (p.head_dim % in_16_bytes || p.value_dim % in_16_bytes) {
+    return "head_dim, value_dim: supported are multiples of 16 bytes";
+  }
+  if (p.len_q > kMaxLength || p.len_k > kMaxLength) return "query, key: supported are up to 2^31 - 4097 rows";
+  if (list_rows(p) * 2 > INT32_MAX) return "query: supported are up to 2^30 query blocks over batch and heads";
+  (void)direction;
+  return nullptr;
+}
+
+size_t workspace(const AttentionProblem& p, Direction direction, const CudaContext& context) {
+  return direction == Direction::forward ? forward_workspace(p, context)
+                                         : attention_backward_workspace_sm80(p, context);
+}
+
+}  // namespace
+}  // namespace sm80
+
+const CudaAttention attention_cuda_sm80 = {"sm80", sm80::refuses, sm80::workspace, sm80::forward,
+                                           attention_backward_sm80};
+
+}  // namespace sparsekit

@@ -1,0 +1,15 @@
+// In which order CTAs take the rows of the block lists.
+#pragma once
+
+#include "sparsekit/attention.h"
+
+namespace sparsekit::cuda {
+
+/// Writes the list rows (batch, query head, query block) as CTAs should take them: order[i] = (b * heads_q + h) *
+/// q_blocks
+/// + m. Heads whose keys and values fit half the L2 cache together form a group; groups follow one another, and within
+/// a group the rows with the longest lists come first, rows of about equal length in their own order. `order` holds
+/// batch * heads_q * q_blocks entries.
+Status schedule_longest_first(const AttentionProblem& problem, int32_t* order, void* stream);
+
+}  // namespace sparsekit::cuda
