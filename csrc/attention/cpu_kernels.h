@@ -4,25 +4,18 @@
 // block by block and go the fp32 way. Everything has internal linkage (see csrc/common/cpu/README.md).
 #pragma once
 
+#include "attention/cpu_backward.h"
 #include "attention/cpu_forward.h"
 #include "attention/cpu_implementations.h"
 #include "common/cpu/simd_math.h"
-#if __has_include("attention/cpu_backward.h")
-#include "attention/cpu_backward.h"
-#define SPARSEKIT_HAS_BACKWARD 1
-#endif
 
 namespace sparsekit {
 namespace {
 
-const char* refuses(const AttentionProblem& problem, Direction direction, const ParallelFor&) {
+const char* refuses(const AttentionProblem& problem, Direction, const ParallelFor&) {
   if (problem.dtype == DType::f64) return "float64 is taken by the reference only";
   if (problem.lists.block_q % 16 != 0 || problem.lists.block_k % 16 != 0) return "block sizes must be multiples of 16";
-#ifdef SPARSEKIT_HAS_BACKWARD
-  return direction == Direction::backward ? backward_refuses(problem) : nullptr;
-#else
-  return direction == Direction::backward ? "backward is not built yet" : nullptr;
-#endif
+  return nullptr;
 }
 
 size_t workspace(const AttentionProblem&, Direction, const ParallelFor&) { return 0; }
@@ -30,12 +23,7 @@ size_t workspace(const AttentionProblem&, Direction, const ParallelFor&) { retur
 Status forward(const AttentionForward& problem, const ParallelFor& parallel) { return run_forward(problem, parallel); }
 
 Status backward(const AttentionBackward& problem, const ParallelFor& parallel) {
-#ifdef SPARSEKIT_HAS_BACKWARD
   return run_backward(problem, parallel);
-#else
-  (void)problem, (void)parallel;
-  return error(Status::Kind::unsupported, "attention backward: not built yet for this instruction set");
-#endif
 }
 
 }  // namespace

@@ -15,6 +15,8 @@ struct FloatProduct {
   SPARSEKIT_INLINE Operand broadcast(const Element* p) { return Simd::set(*p); }
   SPARSEKIT_INLINE Simd::Float madd(Operand a, Operand b, Simd::Float c) { return Simd::fma(a, b, c); }
   SPARSEKIT_INLINE void store(Element* p, Operand a) { Simd::store(p, a); }
+  /// Neighbouring lanes to neighbouring elements of an inner dimension: lanes / pair elements.
+  SPARSEKIT_INLINE void store_neighbours(Element* p, Simd::Float a) { Simd::store(p, a); }
 };
 
 /// 2^x for x < 128; 0 for x = -inf. Relative minimax polynomials on [0, 1): degree 3 7.5e-5, 4 2.6e-6, 5 1.5e-7 (of
