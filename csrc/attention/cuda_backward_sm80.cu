@@ -1,0 +1,157 @@
+// Attention backward on sm_80 and later: the scratch, the preparation of the rows, and the order of the kernels.
+//
+//   prepare_rows      lse', delta and what dsink needs, per query row (formulas: cuda_backward.cuh)
+//   backward_keys     dK, dV, dbias, and dQ by atomics (cuda_backward_keys.cuh)
+//   finish_queries    dQ in the element type, or backward_queries: dQ without atomics (cuda_backward_queries.cuh)
+//   sum_sinks         dsink, one CTA per (batch, head) so that the order of the sum is fixed
+// prepare_rows is bound by memory: it reads O and dO once.
+#include <algorithm>
+
+#include "attention/cuda_backward_launch.cuh"
+#include "attention/cuda_implementations.h"
+
+namespace sparsekit::cuda {
+
+extern template Status launch_backward<__nv_bfloat16>(BackwardPlan plan, cudaStream_t stream);
+extern template Status launch_backward<__half>(BackwardPlan plan, cudaStream_t stream);
+extern template Status launch_backward<float>(BackwardPlan plan, cudaStream_t stream);
+
+namespace {
+
+constexpr int kPrepareThreads = 128, kLanesPerRow = 8;
+
+/// 8 lanes per query row, 16 bytes per lane and step.
+template <class Element>
+__global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const __grid_constant__ BackwardPlan plan) {
+  constexpr int PER_CHUNK = 16 / int(sizeof(Element));
+  const AttentionBackward& a = plan.a;
+  const int batch = blockIdx.z, head = blockIdx.y, lane = threadIdx.x % kLanesPerRow;
+  const int64_t row = int64_t(blockIdx.x) * (kPrepareThreads / kLanesPerRow) + threadIdx.x / kLanesPerRow;
+  const bool exists = row < a.len_q;
+  float product = 0.f;  // dO . O
+  if (exists) {
+    const auto* out =
+        static_cast<const Element*>(a.out.data) + (batch * a.out.batch + head * a.out.head + row * a.out.row);
+    const auto* dout = static_cast<const Element*>(a.grad_out.data) +
+                       (batch * a.grad_out.batch + head * a.grad_out.head + row * a.grad_out.row);
+    for (int i = lane * PER_CHUNK; i < a.value_dim; i += kLanesPerRow * PER_CHUNK) {
+      Element x[PER_CHUNK], y[PER_CHUNK];
+      *reinterpret_cast<uint4*>(x) = *reinterpret_cast<const uint4*>(out + i);
+      *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(dout + i);
+#pragma unroll
+      for (int c = 0; c < PER_CHUNK; ++c) product = fmaf(to_float(x[c]), to_float(y[c]), product);
+    }
+  }
+  for (int step = 1; step < kLanesPerRow; step *= 2) product += __shfl_xor_sync(kAllLanes, product, step);
+  if (lane != 0 || row >= plan.padded_rows) return;
+
+  const int64_t head_row = int64_t(batch) * a.heads_q + head;
+  float lse = kInfinity, delta = 0.f, sink_part = 0.f;  // a row that sees no key, or does not exist
+  const float own = exists ? a.lse[head_row * a.len_q + row] : -kInfinity;
+  if (own != -kInfinity) {
+    const float sink = a.sinks ? a.sinks[head] : -kInfinity;
+    const float gap = sink - own;  // lse' = log(e^own + e^sink), without overflow whichever is larger
+    const float above = gap > 0.f ? gap + log1pf(expf(-gap)) : log1pf(expf(gap));  // lse' - lse
+    lse = own + above;
+    if (sizeof(Element) == 2) lse *= kLog2e;
+    delta = product;
+    // A sink e^80 times the rest leaves no weight to pass dlse through; the limit keeps 0 * inf away.
+    if (a.grad_lse) delta -= a.grad_lse[head_row * a.len_q + row] * expf(fminf(above, 80.f));
+    sink_part = -expf(gap - above) * product;
+  }
+  plan.row_lse[head_row * plan.padded_rows + row] = lse;
+  plan.row_delta[head_row * plan.padded_rows + row] = delta;
+  if (plan.row_sink) plan.row_sink[head_row * plan.padded_rows + row] = sink_part;
+}
+
+constexpr int kSumThreads = 256;
+
+__global__ void __launch_bounds__(kSumThreads) sum_sinks(const __grid_constant__ BackwardPlan plan) {
+  __shared__ float by_warp[kSumThreads / kWarpSize];
+  const float* parts = plan.row_sink + blockIdx.x * plan.padded_rows;
+  float sum = 0.f;
+  for (int64_t row = threadIdx.x; row < plan.padded_rows; row += kSumThreads) sum += parts[row];
+  for (int step = 1; step < kWarpSize; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+  if (threadIdx.x % kWarpSize == 0) by_warp[threadIdx.x / kWarpSize] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  sum = 0.f;
+  for (float part : by_warp) sum += part;
+  plan.a.grad_sinks[blockIdx.x] = sum;
+}
+
+int64_t padded_rows(const AttentionProblem& problem) { return (problem.len_q + kPadRows - 1) / kPadRows * kPadRows; }
+
+template <class Element>
+Status run(const BackwardPlan& plan, cudaStream_t stream) {
+  const AttentionBackward& a = plan.a;
+  if (plan.padded_rows > 0) {
+    constexpr int rows = kPrepareThreads / kLanesPerRow;
+    prepare_rows<Element><<<dim3(unsigned(plan.padded_rows / rows), unsigned(a.heads_q), unsigned(a.batch)),
+                            kPrepareThreads, 0, stream>>>(plan);
+    Status status = status_of(cudaGetLastError(), "attention backward: prepare_rows");
+    if (!status.ok()) return status;
+  }
+  return launch_backward<Element>(plan, stream);
+}
+
+}  // namespace
+}  // namespace sparsekit::cuda
+
+namespace sparsekit {
+
+size_t attention_backward_workspace_sm80(const AttentionProblem& problem, const CudaContext&) {
+  const int64_t rows = problem.batch * problem.heads_q * cuda::padded_rows(problem);
+  const int64_t dim = cuda::backward_dim(problem.dtype, problem.head_dim, problem.value_dim);
+  return size_t(rows) * (3 + dim) * sizeof(float);
+}
+
+Status attention_backward_sm80(const AttentionBackward& arguments, const CudaContext& context) {
+  using namespace cuda;
+  const AttentionBackward& a = arguments;
+  auto stream = static_cast<cudaStream_t>(context.stream);
+  if (a.batch == 0 || a.heads_q == 0) return {};
+  if (!a.transpose.offsets || !a.transpose.slots)
+    return error(Status::Kind::invalid_argument, "attention backward: the transposed lists are missing");
+  if (a.batch > 65535 || a.heads_q > 65535)
+    return error(Status::Kind::unsupported, "attention backward: batch %lld, heads_q %lld; CUDA takes 65535 of each",
+                 (long long)a.batch, (long long)a.heads_q);
+  const size_t needed = attention_backward_workspace_sm80(a, context);
+  if (context.workspace_bytes < needed)
+    return error(Status::Kind::failed, "attention backward: workspace has %zu bytes, needs %zu",
+                 context.workspace_bytes, needed);
+
+  BackwardPlan plan;
+  plan.a = a;
+  plan.padded_rows = padded_rows(a);
+  const int64_t rows = a.batch * a.heads_q * plan.padded_rows;
+  auto* floats = static_cast<float*>(context.workspace);
+  if (!a.deterministic) plan.query_sum = floats;  // first: its atomics and 16-byte loads want the workspace's alignment
+  floats += rows * backward_dim(a.dtype, a.head_dim, a.value_dim);
+  plan.row_lse = floats;
+  plan.row_delta = floats + rows;
+  if (a.grad_sinks) plan.row_sink = floats + 2 * rows;
+  plan.slots_per_row = a.lists.slots_per_row();
+  plan.slots_per_head = a.lists.q_blocks * plan.slots_per_row;
+  plan.general = a.softcap > 0.f || a.key_bias;
+  if (plan.query_sum && rows > 0) {
+    cudaError_t code = cudaMemsetAsync(
+        plan.query_sum, 0, size_t(rows) * backward_dim(a.dtype, a.head_dim, a.value_dim) * sizeof(float), stream);
+    if (code != cudaSuccess) return status_of(code, "attention backward: clearing dQ's scratch");
+  }
+
+  Status status = a.dtype == DType::bf16  ? run<__nv_bfloat16>(plan, stream)
+                  : a.dtype == DType::f16 ? run<__half>(plan, stream)
+                  : a.dtype == DType::f32
+                      ? run<float>(plan, stream)
+                      : error(Status::Kind::unsupported,
+                              "attention backward: query is %s; CUDA takes bfloat16, float16, float32", name(a.dtype));
+  if (!status.ok() || !a.grad_sinks) return status;
+  if (plan.padded_rows == 0)
+    return status_of(cudaMemsetAsync(a.grad_sinks, 0, size_t(a.batch * a.heads_q) * sizeof(float), stream),
+                     "attention backward: clearing grad_sinks");
+  sum_sinks<<<unsigned(a.batch * a.heads_q), kSumThreads, 0, stream>>>(plan);
+  return status_of(cudaGetLastError(), "attention backward: sum_sinks");
+}
+
+}  // namespace sparsekit
