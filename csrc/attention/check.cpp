@@ -108,7 +108,8 @@ Status attention_check(const AttentionProblem& p) {
     return error(Kind::invalid_argument, "block_size is (%d, %d); supported: positive sizes", lists.block_q,
                  lists.block_k);
   }
-  if (!lists.partial.counts && !lists.full.counts) {
+  bool has_rows = lists.list_batch * lists.list_heads * lists.q_blocks > 0;  // an empty tensor has no address
+  if (has_rows && !lists.partial.counts && !lists.full.counts) {
     return error(Kind::invalid_argument, "kv_num_blocks: no list of key blocks is given");
   }
   if (lists.list_batch != 1 && lists.list_batch != p.batch) {
