@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m sparsekit.bench attention`."""
+"""Benchmarks: `python -m sparsekit.bench attention`. Needs rich, for figures matplotlib: the extra `bench`."""
