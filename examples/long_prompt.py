@@ -33,13 +33,23 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from sparsekit.integrations.transformers import (
+    TopKBlocks,
+    mean_scores,
+    pooled_query_scores,
+    recency_scores,
+    register,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsekit.integrations.transformers import TopKBlocks, pooled_scores, recency_scores, register
-
 DENSITIES = (0.05, 0.10, 0.25, 0.50)
-SELECTIONS = {"pooled scores": pooled_scores, "sink + local only": recency_scores}
+SELECTIONS = {
+    "pooled q . every k": pooled_query_scores,
+    "pooled q . pooled k": mean_scores,
+    "sink + local only": recency_scores,
+}
+CHOSEN, *_, CONTROL = SELECTIONS
 MAP_DENSITY = 0.10  # the run whose block maps are drawn
 
 
@@ -231,7 +241,8 @@ def verdict(runs: list[Run], density: float) -> str:
     """What sparsity costs, in one sentence, at the run nearest to this density."""
     dense = runs[0]
     run, control = (
-        min((r for r in runs if r.selection == name), key=lambda r: abs(r.density - density)) for name in SELECTIONS
+        min((r for r in runs if r.selection == name), key=lambda r: abs(r.density - density))
+        for name in (CHOSEN, CONTROL)
     )
     return (
         f"At {run.density:.0%} density attention takes {run.attention / dense.attention:.2f} of the dense time and the "
@@ -276,7 +287,7 @@ def draw_tradeoff(runs: list[Run], title: str, file: Path):
     from matplotlib import pyplot as plt
 
     style(plt)
-    dense, colors = runs[0], dict(zip(SELECTIONS, ("#0072b2", "#d55e00"), strict=True))
+    dense, colors = runs[0], dict(zip(SELECTIONS, ("#0072b2", "#56b4e9", "#d55e00"), strict=True))
     figure, (quality, seconds) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, color in colors.items():
         line = sorted((r for r in runs if r.selection == name), key=lambda r: r.density)
@@ -287,7 +298,7 @@ def draw_tradeoff(runs: list[Run], title: str, file: Path):
     quality.set(ylabel="perplexity (lower is better)", title="What it costs")
     quality.legend(loc="upper right")
 
-    chosen = sorted((r for r in runs if r.selection == next(iter(SELECTIONS))), key=lambda r: r.density) + [dense]
+    chosen = sorted((r for r in runs if r.selection == CHOSEN), key=lambda r: r.density) + [dense]
     x = [r.density for r in chosen]
     for label, value, color in (
         ("first token", lambda r: r.first_token, "#009e73"),
@@ -374,7 +385,7 @@ def main():
     runs = measure(model, ids, options, console)
     report(runs, title, options.out, console)
     draw_tradeoff(runs, title, options.out / "quality_and_time.png")
-    mapped = [r for r in runs if r.selection == next(iter(SELECTIONS))]
+    mapped = [r for r in runs if r.selection == CHOSEN]
     mapped = min(mapped, key=lambda r: abs(r.density - MAP_DENSITY))
     draw_maps(mapped, options.block_size, options.out / "block_maps.png")
     console.print(f"Figures: {options.out}/quality_and_time.png, {options.out}/block_maps.png")

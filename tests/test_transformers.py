@@ -9,7 +9,13 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5", reason="transformers >= 5 is not installed")
 
 import sparsekit  # noqa: E402
-from sparsekit.integrations.transformers import TopKBlocks, pooled_scores, recency_scores, register  # noqa: E402
+from sparsekit.integrations.transformers import (  # noqa: E402
+    TopKBlocks,
+    mean_scores,
+    pooled_query_scores,
+    recency_scores,
+    register,
+)
 
 BLOCK = 16
 SPARSE = TopKBlocks(0.4, BLOCK, sink_blocks=1, local_blocks=1)
@@ -64,7 +70,7 @@ def expanded(select, sparse_from=32):
         mask = torch.arange(len_k) <= torch.arange(len_q)[:, None] + len_k - len_q
         if len_q >= sparse_from:
             keep = None if attention_mask is None else attention_mask[:, 0] == 0
-            blocks = select.block_map(query, key, keep)
+            blocks = select.block_map(query, key, keep, scaling)
             mask = mask & blocks.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)[:, :, :len_q, :len_k]
         if attention_mask is not None:
             mask = mask & (attention_mask == 0)[:, None]
@@ -193,7 +199,7 @@ def test_padding_is_never_chosen():
 # ---- choosing blocks
 
 
-@pytest.mark.parametrize("score", [pooled_scores, recency_scores])
+@pytest.mark.parametrize("score", [pooled_query_scores, mean_scores, recency_scores])
 @pytest.mark.parametrize("block", [(16, 16), (32, 16), (16, 64)])
 @pytest.mark.parametrize("len_q, len_k", [(256, 256), (100, 100), (70, 203)])
 def test_block_map(len_q, len_k, block, score):
@@ -212,18 +218,32 @@ def test_block_map(len_q, len_k, block, score):
             assert got[:, :, row, max(1, visible - budget + 1) : visible].all()
 
 
-def test_pooled_scores_are_mean_logits():
+def test_scores_of_blocks():
+    """Against the definitions, written out per pair of blocks; ragged query blocks, padding inside and at the end."""
     query, key = torch.randn(1, 4, 40, 32, dtype=torch.float64), torch.randn(1, 2, 56, 32, dtype=torch.float64)
     keep = torch.rand(1, 56) < 0.7
     keep[:, 48:] = False
-    got = pooled_scores(query.float(), key.float(), (16, 16), keep)
-    products = query @ key.repeat_interleave(2, 1).transpose(-1, -2)
+    arguments = (query.float(), key.float(), (16, 16), keep, 0.3)
+    pooled, mean = pooled_query_scores(*arguments), mean_scores(*arguments)
+    products = 0.3 * query @ key.repeat_interleave(2, 1).transpose(-1, -2)
     for m in range(3):
         for n in range(4):
+            if n * 16 > min(m * 16 + 15, 39) + 16:  # no row of the block sees it
+                continue
             tokens = keep[0, n * 16 : (n + 1) * 16]
             block = products[:, :, m * 16 : (m + 1) * 16, n * 16 : (n + 1) * 16][..., tokens]
+            torch.testing.assert_close(pooled[:, :, m, n].double(), block.mean(-2).logsumexp(-1), rtol=1e-5, atol=1e-5)
             want = block.mean((-1, -2)) if tokens.any() else torch.zeros(1, 4, dtype=torch.float64)
-            torch.testing.assert_close(got[:, :, m, n].double(), want, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(mean[:, :, m, n].double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_scores_of_long_sequences_in_parts(monkeypatch):
+    query, key = torch.randn(2, 4, 100, 32), torch.randn(2, 2, 170, 32)
+    whole = TopKBlocks(0.3, BLOCK).block_map(query, key)
+    monkeypatch.setattr(
+        "sparsekit.integrations.transformers._PRODUCTS", 2 * 4 * 170 * 2
+    )  # two rows of blocks at a time
+    assert torch.equal(TopKBlocks(0.3, BLOCK).block_map(query, key), whole)
 
 
 def test_heads_choose_for_themselves(model, ids):

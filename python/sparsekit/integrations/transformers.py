@@ -28,26 +28,64 @@ from torch import Tensor
 
 import sparsekit
 
+# query . key products held at once while choosing blocks: 4 MiB on the CPU, so that they stay in its cache (20 ms a layer
+# of the demo; 98 ms with 64 MiB), 128 MiB elsewhere
+_PRODUCTS = {"cpu": 2**20, "other": 2**25}
 _DECODE_BLOCK = (64, 128)  # of calls that list every block: fewest entries among the sizes that every backend takes
 
 
 # ---- choosing blocks
 
 
-def pooled_scores(query: Tensor, key: Tensor, block_size: tuple[int, int], key_mask: Tensor | None) -> Tensor:
-    """Scores [B, Hq, Mq, Nk] of key blocks for query blocks: mean query of the block . mean key of the block.
+# A score function returns anything that broadcasts to [B, Hq, Mq, Nk]; larger is better. Causality and the blocks that
+# are always on are not its business. key_mask [B, Sk]: False is padding.
+Score = Callable[[Tensor, Tensor, tuple[int, int], "Tensor | None", float], Tensor]
 
-    The mean of q.k over the tokens of two blocks is exactly the product of their means, so a block scores high when
-    its logits are high on average. It misses a block with a single strong key among weak ones.
+
+def pooled_query_scores(
+    query: Tensor, key: Tensor, block_size: tuple[int, int], key_mask: Tensor | None, scale: float
+) -> Tensor:
+    """log sum exp, over the keys of the block, of scale * (mean query of the query block) . key.
+
+    Costs 1 / block_q of the dense scores. Averaging the keys too (`mean_scores`) costs next to nothing, but in many
+    heads a few keys carry most of the mass, and the mean of 64 keys hides them: at 25 % density this score finds
+    92.0 % of the attention mass, `mean_scores` 87.2 %, knowing it all 92.2 % (nine layers of SmolLM2-135M, positions
+    4,096 to 8,192 of the prompt of examples/long_prompt.py).
     """
+    (batch, heads_kv, len_k), (block_q, block_k) = key.shape[:3], block_size
+    rows, columns = -(-query.shape[2] // block_q), -(-len_k // block_k)
+    group = query.shape[1] // heads_kv
+    mean_query = (_mean_over_blocks(query, block_q, None) * scale).to(key.dtype)
+    mean_query = mean_query.unflatten(1, (heads_kv, group))  # heads of a group share their key head's product
+    scores = torch.full((batch, heads_kv, group, rows, columns), -torch.inf, device=query.device)
+    products = _PRODUCTS.get(query.device.type, _PRODUCTS["other"])
+    step = max(1, products // (batch * query.shape[1] * len_k))
+    for first in range(0, rows, step):
+        part = mean_query[:, :, :, first : first + step].flatten(2, 3)
+        seen = min(len_k, (first + step) * block_q + len_k - query.shape[2])  # what these rows may see at most
+        product = (part @ key[:, :, :seen].transpose(-1, -2)).float()
+        if key_mask is not None:
+            product = product.masked_fill(~key_mask[:, None, None, :seen], -torch.inf)
+        product = torch.nn.functional.pad(product, (0, -seen % block_k), value=-torch.inf)
+        best = product.unflatten(-1, (-1, block_k)).logsumexp(-1)
+        scores[:, :, :, first : first + step, : best.shape[-1]] = best.unflatten(2, (group, -1))
+    return scores.flatten(1, 2)
+
+
+def mean_scores(
+    query: Tensor, key: Tensor, block_size: tuple[int, int], key_mask: Tensor | None, scale: float
+) -> Tensor:
+    """scale * (mean query of the query block) . (mean key of the key block): the mean score of the pair of blocks."""
     group = query.shape[1] // key.shape[1]
-    pooled_query = _mean_over_blocks(query, block_size[0], None)
-    pooled_key = _mean_over_blocks(key, block_size[1], key_mask).repeat_interleave(group, dim=1)
-    return pooled_query @ pooled_key.transpose(-1, -2)
+    mean_query = _mean_over_blocks(query, block_size[0], None) * scale
+    mean_key = _mean_over_blocks(key, block_size[1], key_mask).repeat_interleave(group, dim=1)
+    return mean_query @ mean_key.transpose(-1, -2)
 
 
-def recency_scores(query: Tensor, key: Tensor, block_size: tuple[int, int], key_mask: Tensor | None) -> Tensor:
-    """Scores [1, 1, 1, Nk] that grow with the block's position: top-k then means a sliding window (plus the sinks)."""
+def recency_scores(
+    query: Tensor, key: Tensor, block_size: tuple[int, int], key_mask: Tensor | None, scale: float
+) -> Tensor:
+    """Later blocks score higher, whatever they hold: top-k becomes a sliding window (plus the sinks)."""
     blocks = -(-key.shape[2] // block_size[1])
     return torch.arange(blocks, dtype=torch.float32, device=key.device).view(1, 1, 1, -1)
 
@@ -61,14 +99,14 @@ class TopKBlocks:
     block_size     tokens per block, or a pair (query, key)
     sink_blocks    first blocks of the sequence, always on: much of the softmax mass of a trained model rests there
     local_blocks   blocks up to and with the query block's own, always on
-    score          (query, key, block_size, key_mask) -> anything that broadcasts to [B, Hq, Mq, Nk]
+    score          pooled_query_scores, mean_scores, recency_scores, or any function like them
     """
 
     density: float = 0.25
     block_size: int | tuple[int, int] = 64
     sink_blocks: int = 1
     local_blocks: int = 2
-    score: Callable[[Tensor, Tensor, tuple[int, int], Tensor | None], Tensor] = pooled_scores
+    score: Score = pooled_query_scores
 
     def __post_init__(self):
         if not 0.0 < self.density <= 1.0:
@@ -77,8 +115,11 @@ class TopKBlocks:
             raise ValueError(f"local_blocks: found {self.local_blocks}, at least 1 (the query block itself) is needed")
 
     @torch.no_grad()
-    def block_map(self, query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def block_map(
+        self, query: Tensor, key: Tensor, key_mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
         """bool [B, Hq, Mq, Nk]: which key blocks each query block attends to. key_mask [B, Sk]: False is padding."""
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
         block_q, block_k = block_size = _pair(self.block_size)
         len_q, len_k, device = query.shape[2], key.shape[2], query.device
         rows = torch.arange(-(-len_q // block_q), device=device)[:, None]
@@ -98,16 +139,18 @@ class TopKBlocks:
         budget = (self.density * visible.sum(-1, keepdim=True)).round().long()
         budget = budget.maximum(always.sum(-1, keepdim=True))
 
-        score = self.score(query, key, block_size, key_mask).float()
+        score = self.score(query, key, block_size, key_mask, scale).float()
         score = score.masked_fill(always, torch.inf).masked_fill(~visible, -torch.inf)
         score = score.expand(query.shape[0], query.shape[1], *score.shape[2:])
         order = score.argsort(dim=-1, descending=True, stable=True)
         best = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, (columns < budget).expand_as(score))
         return best & visible
 
-    def __call__(self, module, query: Tensor, key: Tensor, key_mask: Tensor | None) -> sparsekit.BlockPattern:
+    def __call__(
+        self, module, query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float | None
+    ) -> sparsekit.BlockPattern:
         return sparsekit.BlockPattern.from_bool(
-            self.block_map(query, key, key_mask),
+            self.block_map(query, key, key_mask, scale),
             _pair(self.block_size),
             seq_lengths=(query.shape[2], key.shape[2]),
             causal=True,
@@ -144,8 +187,8 @@ def register(
 ) -> str:
     """Registers block-sparse attention with transformers and returns its name, for `model.set_attn_implementation`.
 
-    select        (module, query [B, Hq, Sq, D], key [B, Hkv, Sk, D], key_mask [B, Sk] or None) -> BlockPattern with
-                  causal=True; `module.layer_idx` tells the layer. Default: TopKBlocks()
+    select        (module, query [B, Hq, Sq, D], key [B, Hkv, Sk, D], key_mask [B, Sk] or None, scale or None) ->
+                  BlockPattern with causal=True; `module.layer_idx` tells the layer. Default: TopKBlocks()
     name          under which transformers knows it; registering the same name again replaces it
     sparse_from   calls with fewer query tokens (decode steps) attend to every key, exactly
     """
@@ -170,7 +213,7 @@ def register(
         _refuse_unsupported(name, attention_mask, dropout, is_causal, kwargs)
         if query.shape[2] >= sparse_from:
             key_mask = None if attention_mask is None else attention_mask[:, 0] == 0
-            pattern = select(module, query, key, key_mask)
+            pattern = select(module, query, key, key_mask, scaling)
         else:
             pattern = _every_block(query, key)
         out = sparsekit.block_sparse_attention(
