@@ -9,6 +9,7 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5", reason="transformers >= 5 is not installed")
 
 import sparsekit  # noqa: E402
+from sparsekit.integrations import transformers as integration  # noqa: E402
 from sparsekit.integrations.transformers import (  # noqa: E402
     TopKBlocks,
     mean_scores,

@@ -28,8 +28,8 @@ from torch import Tensor
 
 import sparsekit
 
-# query . key products held at once while choosing blocks: 4 MiB on the CPU, so that they stay in its cache (20 ms a layer
-# of the demo; 98 ms with 64 MiB), 128 MiB elsewhere
+# query . key products held at once while choosing blocks: 4 MiB on the CPU, so that they stay in its cache (20 ms per
+# layer of the demo; 98 ms with 64 MiB), 128 MiB elsewhere
 _PRODUCTS = {"cpu": 2**20, "other": 2**25}
 _DECODE_BLOCK = (64, 128)  # of calls that list every block: fewest entries among the sizes that every backend takes
 
