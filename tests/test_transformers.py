@@ -241,9 +241,7 @@ def test_scores_of_blocks():
 def test_scores_of_long_sequences_in_parts(monkeypatch):
     query, key = torch.randn(2, 4, 100, 32), torch.randn(2, 2, 170, 32)
     whole = TopKBlocks(0.3, BLOCK).block_map(query, key)
-    monkeypatch.setattr(
-        "sparsekit.integrations.transformers._PRODUCTS", 2 * 4 * 170 * 2
-    )  # two rows of blocks at a time
+    monkeypatch.setitem(integration._PRODUCTS, "cpu", 2 * (2 * 4 * 170))  # two rows of blocks at a time
     assert torch.equal(TopKBlocks(0.3, BLOCK).block_map(query, key), whole)
 
 
