@@ -3,9 +3,10 @@
 //   S^T = K Q^T;  m, l, P^T = softmax down the columns of S^T;  O^T = O^T * 2^(m_old - m) + V^T P^T
 //
 // Work is cut by shape alone (so results do not depend on threads): an item is up to 256 queries of one head, taken in tiles of
-// up to 4 vectors. An item walks the union of its query blocks' lists in ascending order; keys and values of a block are read from
-// memory once per item (V is interleaved into panels, 16-bit inputs without a product of their own are widened), then every tile
-// that lists the block uses them from L2. The next blocks are prefetched meanwhile. Items are handed out longest first.
+// up to 4 vectors. An item walks the union of its query blocks' lists in ascending order, a group of blocks at a time: every tile
+// that lists a block of the group uses it from L2, while the next group is prefetched. V is wanted in panels, and K of 16-bit
+// inputs without a product of their own in fp32: packed once for all where blocks are listed often, else per group. Items are
+// handed out longest first.
 //
 // Bound: multiply-adds (see cpu_forward_kernels.h). Online softmax: Milakov and Gimelshein 2018; tiling: FlashAttention-2,
 // section 3, transposed so that no reduction crosses lanes.
@@ -18,8 +19,9 @@ namespace {
 
 constexpr int item_queries = 256;    // queries that share what is read of K and V
 constexpr int most_tiles = item_queries / 16 + item_queries / Simd::lanes;
-constexpr int group_limit = 512;     // keys held at a time for all tiles of an item
+constexpr int group_limit = 1024;    // keys of a group, at most
 constexpr int group_entries = group_limit / 16 * (item_queries / 16);
+constexpr int64_t group_bytes = 512 << 10;  // half of a 1 MB L2: the rest holds queries, scores and outputs
 
 /// Queries first ... first + count of a sequence and head: whole query blocks, or a part of one.
 struct ForwardItem {
@@ -38,28 +40,83 @@ struct ForwardEntry {
 struct ForwardCall {
   const AttentionForward* p;
   const Sequence* sequences;
+  int64_t sequence_count;
   const ForwardItem* items;
   const Ranked* order;  // items, longest first
   int64_t item_count;
   int64_t most_entries;  // of one item
   int64_t next;          // the work counter
   int64_t out_of_memory;
+  // Keys and values of all heads packed beforehand, or null: [batch][heads_kv][packed_rows], where each sequence begins at
+  // packed_row[sequence], padded to multiples of 16 rows.
+  char* packed_keys;
+  char* packed_values;
+  const int64_t* packed_row;
+  int64_t packed_rows;
+  int64_t k_blocks;  // of all sequences
 };
+
+/// How keys and values are packed for the kernels.
+template <class Product, DType dtype>
+struct KeyValueLayout {
+  using Element = typename Product::Element;
+
+  static bool keys_in_place(const AttentionProblem& p) {
+    return Rows<Product, dtype>::keys_in_place && p.head_dim % Product::pair == 0;
+  }
+  static void pack_keys(const AttentionProblem& p, int64_t b, int64_t kv_head, const KeySegment& s, Element* to) {
+    pack_rows<Product, dtype>(row_of<dtype>(p.key, b, kv_head, s.key), p.key.row * size_of(dtype), s.count, p.head_dim, to);
+  }
+  static void pack_values(const AttentionProblem& p, int64_t b, int64_t kv_head, const KeySegment& s, Element* to) {
+    pack_panels<Product, dtype>(row_of<dtype>(p.value, b, kv_head, s.key), p.value.row * size_of(dtype), s.count, s.padded,
+                                p.value_dim, to);
+  }
+  static int64_t key_bytes(const AttentionProblem& p) { return ceil_div(p.head_dim, Product::pair) * int64_t(sizeof(Element)); }
+  static int64_t value_bytes(const AttentionProblem& p) {
+    return round_up(p.value_dim, panel) * int64_t(sizeof(Element)) / Product::pair;
+  }
+};
+
+/// Packs key blocks first ... last of all (batch, kv_head), counted through.
+template <class Product, DType dtype>
+static void pack_blocks(int64_t first, int64_t last, void* context) {
+  using Layout = KeyValueLayout<Product, dtype>;
+  const ForwardCall& call = *static_cast<const ForwardCall*>(context);
+  const AttentionForward& p = *call.p;
+  for (int64_t i = first, s = 0; i < last; ++i) {
+    int64_t head = i / call.k_blocks, b = head / p.heads_kv, kv_head = head % p.heads_kv, block = i % call.k_blocks;
+    if (block < call.sequences[s].k_block) s = 0;
+    while (block >= call.sequences[s].k_block + ceil_div(call.sequences[s].len_k(), p.lists.block_k)) ++s;
+    const Sequence& sequence = call.sequences[s];
+    for (int part = 0; part * segment_keys < p.lists.block_k; ++part) {
+      KeySegment keys = key_segment(p, sequence, b, block - sequence.k_block, part);
+      if (keys.count <= 0) break;
+      int64_t row = head * call.packed_rows + call.packed_row[s] + keys.key - sequence.k_begin;
+      using Element = typename Product::Element;
+      if (call.packed_keys) {
+        Layout::pack_keys(p, b, kv_head, keys, reinterpret_cast<Element*>(call.packed_keys + row * Layout::key_bytes(p)));
+      }
+      Layout::pack_values(p, b, kv_head, keys, reinterpret_cast<Element*>(call.packed_values + row * Layout::value_bytes(p)));
+    }
+  }
+}
 
 /// One thread's work: its scratch memory and the item at hand.
 template <class Product, DType dtype>
 class ForwardWorker {
  public:
   using Element = typename Product::Element;
+  using Layout = KeyValueLayout<Product, dtype>;
 
   explicit ForwardWorker(const ForwardCall& call) : call_(call), p_(*call.p) {
     const BlockLists& lists = p_.lists;
     steps_ = ceil_div(p_.head_dim, Product::pair);
     value_dim_ = round_up(p_.value_dim, panel);
     element_size_ = size_of(dtype);
-    keys_in_place_ = Rows<Product, dtype>::keys_in_place && p_.head_dim % Product::pair == 0;
+    keys_in_place_ = Layout::keys_in_place(p_);
     // Blocks smaller than a segment are gathered until tiles that list few of them have enough keys for a softmax.
-    group_keys_ = lists.block_k >= segment_keys || lists.block_q >= item_queries ? segment_keys : group_limit;
+    int64_t fitting = clamp(group_bytes / (steps_ * Product::pair + value_dim_) / (4 / Product::pair), segment_keys, group_limit);
+    group_keys_ = lists.block_k >= segment_keys ? segment_keys : fitting;
     transform_.needed = p_.softcap > 0 || p_.key_bias || !(p_.scale > 0);
     transform_.scale = p_.scale;
     transform_.softcap = p_.softcap;
@@ -68,8 +125,8 @@ class ForwardWorker {
     queries_ = reserve<Element>(item_queries_padded() * steps_);
     outputs_ = reserve<float>(item_queries_padded() * value_dim_);
     scores_ = reserve<float>(segment_keys * tile_lanes);
-    values_ = reserve<Element>(group_keys_ / Product::pair * value_dim_);
-    keys_ = reserve<Element>(keys_in_place_ ? 0 : group_keys_ * steps_ + Simd::lanes);
+    values_ = reserve<Element>(call.packed_values ? 0 : group_keys_ / Product::pair * value_dim_);
+    keys_ = reserve<Element>(keys_in_place_ || call.packed_keys ? 0 : group_keys_ * steps_ + Simd::lanes);
     bias_ = reserve<float>(p_.key_bias ? group_keys_ : 0);
     maximum_ = reserve<float>(item_queries_padded());
     sum_ = reserve<float>(item_queries_padded());
@@ -103,10 +160,6 @@ class ForwardWorker {
   /// Only a sequence's last tile can have lanes without a query: blocks are multiples of 16.
   static constexpr int64_t item_queries_padded() { return item_queries + Simd::lanes; }
 
-  static const char* row_of(const InputView& view, int64_t b, int64_t h, int64_t row) {
-    return static_cast<const char*>(view.data) + (b * view.batch + h * view.head + row * view.row) * size_of(dtype);
-  }
-
   void set_tiles() {
     tile_count_ = 0;
     int64_t lane = 0;
@@ -119,7 +172,7 @@ class ForwardWorker {
       tile_row_[t] = int32_t(query / block_q - item_.first / block_q);
       tile_lane_[t] = lane;
       int width = tiles_[t].width();
-      pack_lanes<Product, dtype>(row_of(p_.query, item_.batch, item_.head, tiles_[t].query), p_.query.row * element_size_,
+      pack_lanes<Product, dtype>(row_of<dtype>(p_.query, item_.batch, item_.head, tiles_[t].query), p_.query.row * element_size_,
                                  rows, width, p_.head_dim, at<Element>(queries_) + lane * steps_);
       for (int i = 0; i < width; ++i) {
         at<float>(maximum_)[lane + i] = -__builtin_inff();
@@ -161,57 +214,60 @@ class ForwardWorker {
 
   /// Loads blocks from entry `first` on until the group is full and lets every tile use those it lists.
   int64_t run_group(int64_t first) {
-    if (p_.lists.block_k > segment_keys) return run_large_block(first);
     int64_t last = first;
-    group_size_ = 0;
-    for (int64_t used = 0; last < entry_count_ && used + p_.lists.block_k <= group_keys_; used += p_.lists.block_k) {
-      int32_t block = entry(last).block;
-      load_segment(block, 0, used);
-      for (; last < entry_count_ && entry(last).block == block && last - first < group_entries; ++last) {
-        segment_of_[last - first] = group_size_ - 1;
-      }
-      if (last - first == group_entries) break;  // blocks that are listed twice, a caller's error
-    }
-    prefetch_blocks(last);
-    for (int t = 0; t < tile_count_; ++t) run_tile(t, first, last);
-    return last;
-  }
-
-  int64_t run_large_block(int64_t first) {
-    int64_t last = first;
-    int32_t block = entry(first).block;
-    for (; last < entry_count_ && entry(last).block == block && last - first < group_entries; ++last) {
-      segment_of_[last - first] = 0;
-    }
-    for (int part = 0; part * segment_keys < p_.lists.block_k; ++part) {
+    const int parts = int(ceil_div(p_.lists.block_k, segment_keys));
+    for (int part = 0; part < parts; ++part) {
+      last = first;
       group_size_ = 0;
-      load_segment(block, part, 0);
-      if (group_size_ == 0) break;
-      prefetch_.rows = 0;
-      for (int t = 0; t < tile_count_; ++t) run_tile(t, first, last);
+      for (int64_t used = 0; last < entry_count_ && used + p_.lists.block_k / parts <= group_keys_;) {
+        int32_t block = entry(last).block;
+        load_segment(block, part, used);
+        used += p_.lists.block_k;
+        for (; last < entry_count_ && entry(last).block == block && last - first < group_entries; ++last) {
+          segment_of_[last - first] = group_size_ - 1;
+        }
+        if (last - first == group_entries) break;  // blocks that are listed twice, a caller's error
+      }
+      if (group_size_ == 0) break;  // the block's end lies past the sequence's
+      rank_by_row(first, last);
+      announce(part + 1 < parts ? first : last, part + 1 < parts ? part + 1 : 0);
+      for (int t = 0; t < tile_count_; ++t) run_tile(t);
     }
     return last;
   }
 
-  /// Reads the keys and values of a segment to place `used` (in keys) of the group.
+  /// The group's entries by query block: what each tile walks.
+  void rank_by_row(int64_t first, int64_t last) {
+    memset(row_end_, 0, sizeof row_end_);
+    for (int64_t rank = first; rank < last; ++rank) ++row_end_[entry(rank).row];
+    for (int row = 1; row < item_queries / 16; ++row) row_end_[row] += row_end_[row - 1];
+    for (int64_t rank = last; rank-- > first;) {
+      const ForwardEntry& e = entry(rank);
+      by_row_[--row_end_[e.row]] = {e.bits, int16_t(segment_of_[rank - first]), e.masked};
+    }
+    for (int row = 0; row + 1 < item_queries / 16; ++row) row_end_[row] = row_end_[row + 1];  // begins to ends
+    row_end_[item_queries / 16 - 1] = int(last - first);
+  }
+
+  /// Makes the keys and values of a segment ready, at place `used` (in keys) of the group if they are packed now.
   void load_segment(int64_t block, int part, int64_t used) {
     LoadedSegment& s = group_[group_size_];
     s.keys = key_segment(p_, sequence_, item_.batch, block, part);
     if (s.keys.count <= 0) return;
     ++group_size_;
-    const char* key = row_of(p_.key, item_.batch, kv_head_, s.keys.key);
-    const char* value = row_of(p_.value, item_.batch, kv_head_, s.keys.key);
-    s.key = key;
-    s.key_stride = p_.key.row * element_size_;
-    if (!keys_in_place_) {
+    s.key = key_row(s.keys.key);
+    s.key_stride = key_stride();
+    if (!keys_in_place_ && !call_.packed_keys) {
       Element* packed = at<Element>(keys_) + used * steps_;
-      pack_rows<Product, dtype>(key, s.key_stride, s.keys.count, p_.head_dim, packed);
+      Layout::pack_keys(p_, item_.batch, kv_head_, s.keys, packed);
       s.key = reinterpret_cast<const char*>(packed);
-      s.key_stride = steps_ * int64_t(sizeof(Element));
     }
-    Element* panels = at<Element>(values_) + used / Product::pair * value_dim_;
-    pack_panels<Product, dtype>(value, p_.value.row * element_size_, s.keys.count, s.keys.padded, p_.value_dim, panels);
-    s.values = panels;
+    s.values = value_row(s.keys.key);
+    if (!call_.packed_values) {
+      Element* packed = at<Element>(values_) + used / Product::pair * value_dim_;
+      Layout::pack_values(p_, item_.batch, kv_head_, s.keys, packed);
+      s.values = packed;
+    }
     s.bias = nullptr;
     if (p_.key_bias) {
       const float* from = p_.key_bias + item_.batch * p_.key_bias_batch + item_.head * p_.key_bias_head + s.keys.key;
@@ -225,32 +281,52 @@ class ForwardWorker {
     }
   }
 
-  /// Announces the block of the next group's first entry to the kernels, which prefetch it row by row.
-  void prefetch_blocks(int64_t next) {
-    prefetch_.rows = 0;
-    if (next >= entry_count_) return;
-    int64_t key = int64_t(entry(next).block) * p_.lists.block_k;
-    prefetch_.rows = int(smaller(p_.lists.block_k, sequence_.len_k() - key));
-    prefetch_.key = row_of(p_.key, item_.batch, kv_head_, sequence_.k_begin + key);
-    prefetch_.value = row_of(p_.value, item_.batch, kv_head_, sequence_.k_begin + key);
-    prefetch_.key_stride = p_.key.row * element_size_;
-    prefetch_.value_stride = p_.value.row * element_size_;
-    prefetch_.key_bytes = p_.head_dim * element_size_;
-    prefetch_.value_bytes = p_.value_dim * element_size_;
+  /// Where row `key` stands before this item packs anything, and the bytes from one to the next.
+  const char* key_row(int64_t key) const {
+    if (keys_in_place_ || !call_.packed_keys) return row_of<dtype>(p_.key, item_.batch, kv_head_, key);
+    return call_.packed_keys + packed_row(key) * steps_ * int64_t(sizeof(Element));
+  }
+  int64_t key_stride() const { return keys_in_place_ ? p_.key.row * element_size_ : steps_ * int64_t(sizeof(Element)); }
+  const char* value_row(int64_t key) const {
+    if (!call_.packed_values) return row_of<dtype>(p_.value, item_.batch, kv_head_, key);
+    return call_.packed_values + packed_row(key) / Product::pair * value_dim_ * int64_t(sizeof(Element));
+  }
+  int64_t packed_row(int64_t key) const {
+    return (item_.batch * p_.heads_kv + kv_head_) * call_.packed_rows + call_.packed_row[item_.sequence] + key -
+           sequence_.k_begin;
+  }
+
+  /// Announces the blocks of the next group to the kernels, which prefetch them row by row.
+  void announce(int64_t next, int part) {
+    prefetch_.count = prefetch_.next = prefetch_.rows = 0;
+    const int64_t most = larger(1, group_keys_ / p_.lists.block_k);
+    for (int32_t block = -1; next < entry_count_ && prefetch_.count < most; ++next) {
+      if (entry(next).block == block) continue;
+      block = entry(next).block;
+      int64_t key = int64_t(block) * p_.lists.block_k + part * segment_keys;
+      int64_t rows = smaller(smaller(p_.lists.block_k, segment_keys), sequence_.len_k() - key);
+      if (rows <= 0) continue;
+      prefetch_.blocks[prefetch_.count++] = {key_row(sequence_.k_begin + key), value_row(sequence_.k_begin + key), int(rows)};
+    }
+    bool raw_keys = keys_in_place_ || !call_.packed_keys, raw_values = !call_.packed_values;
+    prefetch_.key_stride = raw_keys ? p_.key.row * element_size_ : key_stride();
+    prefetch_.key_bytes = raw_keys ? p_.head_dim * element_size_ : key_stride();
+    prefetch_.value_bytes = raw_values ? p_.value_dim * element_size_ : value_dim_ * int64_t(sizeof(Element)) / Product::pair;
+    prefetch_.value_stride = raw_values ? p_.value.row * element_size_ : prefetch_.value_bytes;
   }
 
   /// One tile against the group's segments that its query block lists, at most `segment_keys` keys at a time.
-  void run_tile(int t, int64_t first, int64_t last) {
+  void run_tile(int t) {
     switch (tiles_[t].registers) {
-      case 1: return run_tile_of<1>(t, first, last);
-      case 2: return run_tile_of<2>(t, first, last);
-      case 3: return run_tile_of<tile_registers >= 3 ? 3 : 1>(t, first, last);
-      default: return run_tile_of<tile_registers>(t, first, last);
+      case 1: return run_tile_of<1>(t);
+      case 2: return run_tile_of<2>(t);
+      case 3: return run_tile_of<tile_registers >= 3 ? 3 : 1>(t);
+      default: return run_tile_of<tile_registers>(t);
     }
   }
 
   template <int registers>
-  void run_tile_of(int t, int64_t first, int64_t last) {
+  void run_tile_of(int t) {
     constexpr int width = registers * Simd::lanes;
     const QueryTile& tile = tiles_[t];
     const LoadedSegment* chunk[segment_keys / 16];
@@ -265,10 +341,9 @@ class ForwardWorker {
                                           at<float>(outputs_) + tile_lane_[t] * value_dim_);
       segments = keys = 0;
     };
-    for (int64_t rank = first; rank < last; ++rank) {
-      const ForwardEntry& e = entry(rank);
-      if (e.row != tile_row_[t]) continue;
-      const LoadedSegment& s = group_[segment_of_[rank - first]];
+    for (int i = tile_row_[t] ? row_end_[tile_row_[t] - 1] : 0; i < row_end_[tile_row_[t]]; ++i) {
+      const GroupEntry& e = by_row_[i];
+      const LoadedSegment& s = group_[e.segment];
       Visible visible = mask_.set(p_, tile, s.keys, e.masked, e.bits);
       if (visible == Visible::none) continue;
       if (keys + s.keys.padded > segment_keys) flush();
@@ -351,9 +426,16 @@ class ForwardWorker {
   int64_t tile_lane_[most_tiles];   // first lane, where its part of the scratch arrays begins
   int64_t entry_count_ = 0;
 
+  struct GroupEntry {
+    int32_t bits;
+    int16_t segment;
+    bool masked;
+  };
   LoadedSegment group_[group_limit / 16];
   int group_size_ = 0;
-  int segment_of_[group_entries];  // of the group's entries
+  int segment_of_[group_entries];     // of the group's entries
+  GroupEntry by_row_[group_entries];  // those of query block r end at row_end_[r]
+  int row_end_[item_queries / 16];
   Prefetch prefetch_;
   PairMask mask_;
 };
@@ -395,24 +477,66 @@ static int64_t cut_forward(const AttentionForward& p, const Sequence* sequences,
   return count;
 }
 
+/// Packs all keys and values beforehand. Returns false where memory is short: then items pack what they use.
+template <class Product, DType dtype>
+static bool pack_all(ForwardCall* call, Arena* arena, const ParallelFor& parallel) {
+  using Layout = KeyValueLayout<Product, dtype>;
+  const AttentionForward& p = *call->p;
+  const int64_t rows = p.batch * p.heads_kv * call->packed_rows;
+  int64_t keys = Layout::keys_in_place(p) ? 0 : rows * Layout::key_bytes(p);
+  int64_t keys_at = arena->reserve(keys), values_at = arena->reserve(rows * Layout::value_bytes(p));
+  if (!arena->allocate()) return false;
+  call->packed_keys = keys ? arena->data + keys_at : nullptr;
+  call->packed_values = arena->data + values_at;
+  int64_t blocks = p.batch * p.heads_kv * call->k_blocks;
+  if (parallel.run && parallel.threads > 1) {
+    parallel.run(0, blocks, larger(1, 4096 / p.lists.block_k), pack_blocks<Product, dtype>, call);
+  } else {
+    pack_blocks<Product, dtype>(0, blocks, call);
+  }
+  return true;
+}
+
+template <class Product, DType dtype>
+static void run_items(ForwardCall* call, int64_t entries, const ParallelFor& parallel) {
+  const AttentionForward& p = *call->p;
+  Arena packed;
+  // Packing costs about a fortieth of using a block for one tile: it pays where blocks are listed several times.
+  if (entries >= 4 * p.batch * p.heads_kv * call->k_blocks && entries > 0) pack_all<Product, dtype>(call, &packed, parallel);
+  int64_t threads = smaller(larger(1, parallel.threads), call->item_count);
+  if (parallel.run && threads > 1) {
+    parallel.run(0, threads, 1, forward_worker<Product, dtype>, call);
+  } else {
+    forward_worker<Product, dtype>(0, 1, call);
+  }
+  packed.release();
+}
+
 static Status run_forward(const AttentionForward& p, const ParallelFor& parallel) {
   if (p.batch * p.heads_q * p.len_q == 0) return {};
   const Status no_memory = error(Status::Kind::failed, "attention forward: out of memory");
+  const int64_t most_sequences = p.packed() ? p.sequences + 1 : 1;  // one more: rows behind the last sequence see no key
   Arena arena;
-  // One more than there are: the rows of a packed batch behind its last sequence see no key.
-  int64_t sequences_at = arena.reserve((p.packed() ? p.sequences + 1 : 1) * int64_t(sizeof(Sequence)));
+  int64_t sequences_at = arena.reserve(most_sequences * int64_t(sizeof(Sequence)));
+  int64_t packed_row_at = arena.reserve(most_sequences * int64_t(sizeof(int64_t)));
   if (!arena.allocate()) return no_memory;
   Sequence* sequences = reinterpret_cast<Sequence*>(arena.data + sequences_at);
-  int64_t sequence_count = 0, row = 0;
+  int64_t* packed_row = reinterpret_cast<int64_t*>(arena.data + packed_row_at);
+  int64_t sequence_count = 0, row = 0, packed_rows = 0, k_blocks = 0;
   for (SequenceWalk walk(p); walk.valid(); walk.next()) {
+    packed_row[sequence_count] = packed_rows;
+    packed_rows += round_up(walk.current.len_k(), 16);
     sequences[sequence_count++] = walk.current;
     row = walk.current.q_end;
+    k_blocks = walk.current.k_block + ceil_div(walk.current.len_k(), p.lists.block_k);
   }
   if (row < p.len_q) {
     Sequence rest;
     rest.q_begin = row;
     rest.q_end = p.len_q;
     rest.list_row = -1;
+    rest.k_block = k_blocks;
+    packed_row[sequence_count] = packed_rows;
     sequences[sequence_count++] = rest;
   }
 
@@ -428,7 +552,17 @@ static Status run_forward(const AttentionForward& p, const ParallelFor& parallel
   ForwardItem* items = reinterpret_cast<ForwardItem*>(plan.data + items_at);
   Ranked* order = reinterpret_cast<Ranked*>(plan.data + order_at);
   cut_forward(p, sequences, sequence_count, items);
-  ForwardCall call = {&p, sequences, items, order, count, 0, 0, 0};
+  ForwardCall call = {};
+  call.p = &p;
+  call.sequences = sequences;
+  call.sequence_count = sequence_count;
+  call.items = items;
+  call.order = order;
+  call.item_count = count;
+  call.packed_row = packed_row;
+  call.packed_rows = packed_rows;
+  call.k_blocks = k_blocks;
+  int64_t all_entries = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Sequence& sequence = sequences[items[i].sequence];
     int64_t entries = 0, block = items[i].first / p.lists.block_q;
@@ -437,26 +571,20 @@ static Status run_forward(const AttentionForward& p, const ParallelFor& parallel
       entries += list_count(p.lists.partial, number) + list_count(p.lists.full, number);
     }
     call.most_entries = larger(call.most_entries, entries);
+    all_entries += entries;
     order[i] = {~uint64_t(entries), int32_t(i)};
   }
   sort(order, reinterpret_cast<Ranked*>(plan.data + spare_at), count);
 
-  ParallelFor::Body body = nullptr;
   switch (p.dtype) {
-    case DType::f32: body = forward_worker<FloatProduct, DType::f32>; break;
-    case DType::f16: body = forward_worker<FloatProduct, DType::f16>; break;
+    case DType::f32: run_items<FloatProduct, DType::f32>(&call, all_entries, parallel); break;
+    case DType::f16: run_items<FloatProduct, DType::f16>(&call, all_entries, parallel); break;
 #ifdef SPARSEKIT_BF16_PRODUCT
-    case DType::bf16: body = forward_worker<Bf16Product, DType::bf16>; break;
+    case DType::bf16: run_items<Bf16Product, DType::bf16>(&call, all_entries, parallel); break;
 #else
-    case DType::bf16: body = forward_worker<FloatProduct, DType::bf16>; break;
+    case DType::bf16: run_items<FloatProduct, DType::bf16>(&call, all_entries, parallel); break;
 #endif
-    case DType::f64: break;
-  }
-  int64_t threads = smaller(parallel.threads > 1 ? parallel.threads : 1, count);
-  if (parallel.run && threads > 1) {
-    parallel.run(0, threads, 1, body, &call);
-  } else {
-    body(0, 1, &call);
+    case DType::f64: break;  // refused
   }
   plan.release();
   arena.release();

@@ -19,21 +19,34 @@ constexpr float log2_e = 1.44269504088896341f, ln_2 = 0.693147180559945309f;
 /// enough to hide 4 to 6 cycles of latency twice per cycle; a power of two, so that it divides 16.
 constexpr int tile_rows(int n) { return Simd::registers == 32 ? (n == 1 ? 16 : n == 2 ? 8 : 4) : (n == 1 ? 8 : 4); }
 
-/// Rows of the next keys and values to bring into L2 while the present ones are used.
+/// Keys and values of the next group, brought into L2 row by row while the present group is used.
 struct Prefetch {
+  struct Block {
+    const char* key;
+    const char* value;
+    int rows;
+  };
+  Block blocks[64];
+  int count = 0, next = 0;
+  int rows = 0;  // left of the present block
   const char* key = nullptr;
   const char* value = nullptr;
   int64_t key_stride = 0, value_stride = 0, key_bytes = 0, value_bytes = 0;
-  int rows = 0;
 
   SPARSEKIT_INLINE void step(Prefetch* f, int rows) {
-    if (f->rows <= 0) return;
-    for (int r = 0; r < rows; ++r) {
+    for (; rows > 0; --rows) {
+      if (f->rows == 0) {
+        if (f->next == f->count) return;
+        const Block& block = f->blocks[f->next++];
+        f->key = block.key;
+        f->value = block.value;
+        f->rows = block.rows;
+      }
       for (int64_t at = 0; at < f->key_bytes; at += 64) Simd::prefetch(f->key + at);
       for (int64_t at = 0; at < f->value_bytes; at += 64) Simd::prefetch(f->value + at);
       f->key += f->key_stride;
       f->value += f->value_stride;
-      if (--f->rows == 0) return;
+      --f->rows;
     }
   }
 };
@@ -47,12 +60,17 @@ struct LoadedSegment {
   const float* bias = nullptr;     // [padded] times log2 e, or null
 };
 
+/// Rows of keys in a tile of scores. One vector of queries takes two sets of accumulators over 8 rows, for even and odd steps:
+/// 16 row pointers do not fit the registers.
+constexpr int tile_keys(int n) { return tile_rows(n) < 8 ? tile_rows(n) : 8; }
+
 /// scores[n][lane] = k_n . q_lane for the keys of a segment; rows past its end repeat the last key. `most` collects the maximum.
 template <class Product, int registers>
 static void multiply_keys(const LoadedSegment& segment, const typename Product::Element* queries, int steps, float* scores,
                           Simd::Float* most, Prefetch* prefetch) {
   using Element = typename Product::Element;
-  constexpr int keys = tile_rows(registers), width = registers * Simd::lanes;
+  constexpr int keys = tile_keys(registers), width = registers * Simd::lanes;
+  constexpr int sets = registers == 1 && Simd::registers == 32 ? 2 : 1;
   Simd::Float highest[registers];
   for (int j = 0; j < registers; ++j) highest[j] = most[j];
   for (int n = 0; n < segment.keys.padded; n += keys) {
@@ -61,29 +79,41 @@ static void multiply_keys(const LoadedSegment& segment, const typename Product::
       int at = n + i < segment.keys.count ? n + i : segment.keys.count - 1;
       row[i] = reinterpret_cast<const Element*>(segment.key + at * segment.key_stride);
     }
-    Simd::Float sum[keys][registers];
+    Simd::Float sum[sets][keys][registers];
+#pragma GCC unroll 2
+    for (int set = 0; set < sets; ++set)
 #pragma GCC unroll 16
-    for (int i = 0; i < keys; ++i)
+      for (int i = 0; i < keys; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < registers; ++j) sum[i][j] = Simd::zero();
+        for (int j = 0; j < registers; ++j) sum[set][i][j] = Simd::zero();
     const Element* query = queries;
-    for (int d = 0; d < steps; ++d, query += width) {
-      typename Product::Operand q[registers];
+    int d = 0;
+    for (; d + sets <= steps; d += sets, query += sets * width) {
+#pragma GCC unroll 2
+      for (int set = 0; set < sets; ++set) {
+        typename Product::Operand q[registers];
 #pragma GCC unroll 4
-      for (int j = 0; j < registers; ++j) q[j] = Product::load(query + j * Simd::lanes);
+        for (int j = 0; j < registers; ++j) q[j] = Product::load(query + set * width + j * Simd::lanes);
 #pragma GCC unroll 16
-      for (int i = 0; i < keys; ++i) {
-        typename Product::Operand k = Product::broadcast(row[i] + d);
+        for (int i = 0; i < keys; ++i) {
+          typename Product::Operand k = Product::broadcast(row[i] + d + set);
+          if (registers > 1) Simd::hold(k);
 #pragma GCC unroll 4
-        for (int j = 0; j < registers; ++j) sum[i][j] = Product::madd(k, q[j], sum[i][j]);
+          for (int j = 0; j < registers; ++j) sum[set][i][j] = Product::madd(k, q[j], sum[set][i][j]);
+        }
       }
+    }
+    if (sets == 2 && d < steps) {
+#pragma GCC unroll 16
+      for (int i = 0; i < keys; ++i) sum[0][i][0] = Product::madd(Product::broadcast(row[i] + d), Product::load(query), sum[0][i][0]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < keys; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < registers; ++j) {
-        Simd::store(scores + (n + i) * width + j * Simd::lanes, sum[i][j]);
-        highest[j] = Simd::max(highest[j], sum[i][j]);
+        if (sets == 2) sum[0][i][j] = Simd::add(sum[0][i][j], sum[sets - 1][i][j]);
+        Simd::store(scores + (n + i) * width + j * Simd::lanes, sum[0][i][j]);
+        highest[j] = Simd::max(highest[j], sum[0][i][j]);
       }
     Prefetch::step(prefetch, keys);
   }
@@ -185,6 +215,7 @@ static void multiply_values(const LoadedSegment* const* segments, int count, con
 #pragma GCC unroll 16
         for (int i = 0; i < columns; ++i) {
           typename Product::Operand v = Product::broadcast(value + i);
+          if (registers > 1) Simd::hold(v);
 #pragma GCC unroll 4
           for (int j = 0; j < registers; ++j) sum[i][j] = Product::madd(v, p[j], sum[i][j]);
         }

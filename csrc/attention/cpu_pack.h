@@ -10,6 +10,11 @@ namespace {
 
 constexpr int panel = 16;  // columns of V that stand together
 
+template <DType dtype>
+SPARSEKIT_INLINE const char* row_of(const InputView& view, int64_t b, int64_t h, int64_t row) {
+  return static_cast<const char*>(view.data) + (b * view.batch + h * view.head + row * view.row) * (dtype == DType::f32 ? 4 : 2);
+}
+
 /// Up to Simd::lanes elements of a row as fp32.
 template <DType dtype>
 SPARSEKIT_INLINE Simd::Float load_row(const char* row, int64_t at, int count) {
@@ -96,13 +101,18 @@ static void pack_lanes(const char* first, int64_t stride, int rows, int width, i
   }
 }
 
-/// Rows as they stand, widened to elements: packed[row][step], rows `steps` elements apart.
+/// Rows as they stand, widened to elements: packed[row][step].
 template <class Product, DType dtype>
 static void pack_rows(const char* first, int64_t stride, int rows, int64_t size, typename Product::Element* packed) {
   int64_t steps = ceil_div(size, Product::pair);
-  for (int n = 0; n < rows; ++n) {
-    for (int64_t at = 0; at < steps; at += Simd::lanes) {  // overruns into the next row, written later; the last has room
-      Simd::store_int(packed + n * steps + at, Rows<Product, dtype>::along(first + n * stride, at, size));
+  for (int n = 0; n < rows; ++n, packed += steps) {
+    for (int64_t at = 0; at < steps; at += Simd::lanes) {
+      Simd::Int elements = Rows<Product, dtype>::along(first + n * stride, at, size);
+      if (at + Simd::lanes <= steps) {
+        Simd::store_int(packed + at, elements);
+      } else {
+        Simd::store_partial(reinterpret_cast<float*>(packed + at), Simd::as_float(elements), int(steps - at));
+      }
     }
   }
 }

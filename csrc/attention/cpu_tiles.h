@@ -156,7 +156,7 @@ struct PairMask {
 
   /// Lanes of vector `j` of the tile that see key `n` of the segment. Only after Visible::some.
   SPARSEKIT_INLINE Simd::Mask lanes(const PairMask& m, int j, int n) {
-    Simd::Mask seen;
+    Simd::Mask seen{};
     if (m.by_position) {
       Simd::Int at = Simd::set_int(m.segment->position_of(n));
       seen = Simd::both(Simd::at_most(Simd::load_int(m.tile->low + j * Simd::lanes), at),
