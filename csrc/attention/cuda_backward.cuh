@@ -31,6 +31,7 @@ struct BackwardPlan {
       nullptr;  // dQ / scale in fp32, in the order of dq_index(); null: the query-stationary pass makes dQ
   int64_t slots_per_row = 0;
   int64_t slots_per_head = 0;
+  float inverse_softcap = 0.f;
   bool general = false;  // softcap or key_bias: the score is more than scale * q.k
   int32_t stages = 2;    // buffers of the streamed tiles
 };
@@ -265,10 +266,9 @@ __device__ __forceinline__ float weight_of(float x, float scale, float lse) {
 }
 
 template <class Tiles>
-__device__ __forceinline__ float capped_score(float x, float cap) {
-  const float t = x / cap;
-  if constexpr (sizeof(typename Tiles::Element) == 2) return cap * tanh_fast(t);
-  return cap * tanhf(t);
+__device__ __forceinline__ float capped_score(const BackwardPlan& plan, float x) {
+  const float t = x * plan.inverse_softcap;
+  return plan.a.softcap * (sizeof(typename Tiles::Element) == 2 ? tanh_fast(t) : tanhf(t));
 }
 
 /// Scores to weights P in place. `rows_lse` holds the tile's part of BackwardPlan::row_lse in shared memory.
@@ -319,7 +319,7 @@ __device__ __forceinline__ void weights(const BackwardPlan& plan, const TilePair
           if (seen >> (8 * j + c) & 1) {
             if (plan.general) {
               x *= p.scale;
-              if (p.softcap > 0.f) x = capped_score<Tiles>(x, p.softcap);
+              if (p.softcap > 0.f) x = capped_score<Tiles>(plan, x);
               if (bias) x += bias[part.column + 8 * j + c];
               weight = weight_of<Tiles>(x, 1.f, lse);
             } else {
@@ -334,13 +334,14 @@ __device__ __forceinline__ void weights(const BackwardPlan& plan, const TilePair
 /// Softcap: d capped / d x = 1 - (capped / c)^2, with capped = log P + lse' - bias, so that the scores need not be kept
 /// beside P. Where P has underflowed the factor is of no importance: dS is 0.
 template <class Tiles>
-__device__ __forceinline__ float softcap_factor(const AttentionProblem& p, const TilePair& pair, float lse, int column,
+__device__ __forceinline__ float softcap_factor(const BackwardPlan& plan, const TilePair& pair, float lse, int column,
                                                 float weight) {
   if (weight == 0.f) return 0.f;
+  const AttentionProblem& p = plan.a;
   float capped = sizeof(typename Tiles::Element) == 2 ? (log2_fast(weight) + lse) * kLn2 : logf(weight) + lse;
   if (p.key_bias)
     capped -= p.key_bias[pair.batch * p.key_bias_batch + pair.head * p.key_bias_head + pair.k_row + column];
-  const float t = capped / p.softcap;
+  const float t = capped * plan.inverse_softcap;
   return fmaxf(0.f, 1.f - t * t);
 }
 
@@ -383,7 +384,7 @@ __device__ __forceinline__ void score_gradient(const BackwardPlan& plan, const T
       for (int j = 0; j < Tiles::SCORE_NT; ++j)
 #pragma unroll
         for (int r = 0; r < 4; ++r)
-          gradient[i][j][r] *= softcap_factor<Tiles>(plan.a, pair, rows_lse[part.row + 16 * i + r / 2 * 8],
+          gradient[i][j][r] *= softcap_factor<Tiles>(plan, pair, rows_lse[part.row + 16 * i + r / 2 * 8],
                                                      part.column + 8 * j + r % 2, weight[i][j][r]);
   }
 }

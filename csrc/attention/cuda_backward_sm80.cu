@@ -111,7 +111,7 @@ Status attention_backward_sm80(const AttentionBackward& arguments, const CudaCon
   const AttentionBackward& a = arguments;
   auto stream = static_cast<cudaStream_t>(context.stream);
   if (a.batch == 0 || a.heads_q == 0) return {};
-  if (!a.transpose.offsets || !a.transpose.slots)
+  if (!a.transpose.offsets || (!a.transpose.slots && a.lists.q_blocks * a.lists.slots_per_row() > 0))
     return error(Status::Kind::invalid_argument, "attention backward: the transposed lists are missing");
   if (a.batch > 65535 || a.heads_q > 65535)
     return error(Status::Kind::unsupported, "attention backward: batch %lld, heads_q %lld; CUDA takes 65535 of each",
@@ -133,6 +133,7 @@ Status attention_backward_sm80(const AttentionBackward& arguments, const CudaCon
   if (a.grad_sinks) plan.row_sink = floats + 2 * rows;
   plan.slots_per_row = a.lists.slots_per_row();
   plan.slots_per_head = a.lists.q_blocks * plan.slots_per_row;
+  plan.inverse_softcap = a.softcap > 0.f ? 1.f / a.softcap : 0.f;
   plan.general = a.softcap > 0.f || a.key_bias;
   if (plan.query_sum && rows > 0) {
     cudaError_t code = cudaMemsetAsync(
