@@ -92,7 +92,9 @@ __device__ __forceinline__ void multiply_keys(Scores<Tile>& s, uint32_t q, uint3
     for (int n = 0; n < Tile::kKeys / 8; ++n)
 #pragma unroll
       for (int c = 0; c < 4; ++c) s[i][n][c] = 0.f;
-#pragma unroll
+  // fp32 is 10 instructions per product: unrolled fully it would be the longest compilation of the project.
+  constexpr int kUnroll = sizeof(typename Tile::Element) == 2 ? kRow / 32 : 2;
+#pragma unroll kUnroll
   for (int step = 0; step < kRow / 32; ++step) {
     uint32_t a[Tile::kRowTiles][4];
 #pragma unroll
@@ -180,11 +182,8 @@ class TileWalk {
  public:
   KeyTile tile;
 
-  __device__ __forceinline__ TileWalk(const AttentionProblem& p, int64_t row, int b, int first_row, int last_row)
-      : p_(p), walk_(p, row), row_(row), within_(p.lists.block_k) {
-    first_ = key_range(p, b, first_row);
-    last_ = key_range(p, b, last_row);
-  }
+  __device__ __forceinline__ TileWalk(const AttentionProblem& p, int64_t row, int first_row, int last_row)
+      : p_(p), walk_(p, row), row_(int(row)), first_row_(first_row), last_row_(last_row), within_(p.lists.block_k) {}
 
   __device__ __forceinline__ bool next() {
     for (;;) {
@@ -193,16 +192,17 @@ class TileWalk {
         if (!walk_.next()) return false;
         within_ = 0;
       }
-      const int start = walk_.block * p_.lists.block_k + within_, end = start + KEYS;
+      const int start = walk_.block() * p_.lists.block_k + within_, end = start + KEYS;
       if (start >= p_.len_k) continue;
-      tile = {start, -1, end > p_.len_k, walk_.partial};
+      tile = {start, -1, end > p_.len_k, walk_.partial()};
       if (!tile.partial) return true;
-      tile.bits = bits_of_slot(p_.lists, row_, walk_.slot);
+      tile.bits = bits_of_slot(p_.lists, row_, walk_.slot());
       tile.masked = true;
       if (p_.query_positions || p_.key_positions) return true;
       // Without positions the visible range moves with the row: the CTA's first and last row bound it.
-      if (start > last_.high || end <= first_.low) continue;
-      tile.masked = tile.bits >= 0 || end > p_.len_k || end - 1 > first_.high || start < last_.low;
+      const KeyRange first = key_range(p_, 0, first_row_), last = key_range(p_, 0, last_row_);
+      if (start > last.high || end <= first.low) continue;
+      tile.masked = tile.bits >= 0 || end > p_.len_k || end - 1 > first.high || start < last.low;
       return true;
     }
   }
@@ -210,8 +210,7 @@ class TileWalk {
  private:
   const AttentionProblem& p_;
   BlockWalk walk_;
-  const int64_t row_;
-  KeyRange first_, last_;
+  const int row_, first_row_, last_row_;
   int within_;
 };
 
@@ -436,7 +435,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
       for (int c = 0; c < 4; ++c) o[i][n][c] = 0.f;
   Softmax<Tile> softmax;
 
-  TileWalk<kKeys> ahead(p, list_row(p, b, h, m), b, cta_row, min(cta_row + cta_rows, int(p.len_q)) - 1);
+  TileWalk<kKeys> ahead(p, list_row(p, b, h, m), cta_row, min(cta_row + cta_rows, int(p.len_q)) - 1);
   bool more = ahead.next();
   uint32_t buffer = buffers, other = buffers + (two_buffers ? kBuffer : 0);
   if (more) load_key(ahead.tile.start, buffer);

@@ -16,39 +16,43 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kBuckets = 32;  // of list lengths: rows within 3 % of the longest count as equal
 
-__device__ int list_length(const AttentionProblem& p, int64_t item) {
-  const int m = int(item % p.lists.q_blocks), bh = int(item / p.lists.q_blocks);
+__device__ int list_length(const AttentionProblem& p, int item) {
+  const int m = item % int(p.lists.q_blocks), bh = item / int(p.lists.q_blocks);
   const int64_t row = list_row(p, bh / int(p.heads_q), bh % int(p.heads_q), m);
   return list_count(p.lists.partial, row) + list_count(p.lists.full, row);
 }
 
+/// places[bucket][thread] is kept in this order; the gaps let threads add up 32 neighbours each without bank conflicts.
+__device__ int place(int i) { return i + i / kWarpSize; }
+
 __global__ void __launch_bounds__(kThreads)
-    longest_first(const __grid_constant__ AttentionProblem p, int64_t items, int64_t items_per_group, int32_t* order) {
-  // places[bucket][thread]: how many of the thread's items fall into the bucket, then where the first of them goes.
-  __shared__ int places[kBuckets * kThreads];
+    longest_first(const __grid_constant__ AttentionProblem p, int items, int items_per_group, int32_t* order) {
+  // places[bucket][thread]: how many of the thread's items fall into the bucket, then where the next of them goes.
+  __shared__ int places[kBuckets * kThreads + kBuckets * kThreads / kWarpSize];
   __shared__ int longest, warp_sums[kThreads / kWarpSize];
   const int thread = threadIdx.x;
-  const int64_t group = blockIdx.x * items_per_group;
-  const int64_t in_group = min(items_per_group, items - group), per_thread = (in_group + kThreads - 1) / kThreads;
-  const int64_t first = group + min(in_group, thread * per_thread),
-                last = group + min(in_group, (thread + 1) * per_thread);
+  const int group = blockIdx.x * items_per_group, in_group = min(items_per_group, items - group);
+  const int per_thread = (in_group + kThreads - 1) / kThreads;
+  const int first = group + min(in_group, thread * per_thread), last = group + min(in_group, (thread + 1) * per_thread);
 
   if (thread == 0) longest = 1;
-  for (int bucket = 0; bucket < kBuckets; ++bucket) places[bucket * kThreads + thread] = 0;
+  for (int bucket = 0; bucket < kBuckets; ++bucket) places[place(bucket * kThreads + thread)] = 0;
   __syncthreads();
   int mine = 0;
-  for (int64_t item = first; item < last; ++item) mine = max(mine, list_length(p, item));
+  for (int item = first; item < last; ++item) mine = max(mine, list_length(p, item));
   atomicMax(&longest, mine);
   __syncthreads();
-  auto bucket_of = [&](int64_t item) {  // 0: the longest
-    return kBuckets - 1 - int(int64_t(list_length(p, item)) * (kBuckets - 1) / longest);
+  const float scale = (kBuckets - 1.f) / longest;
+  auto place_of = [&](int item) -> int& {  // in bucket 0 the longest
+    const int bucket = kBuckets - 1 - min(int(list_length(p, item) * scale), kBuckets - 1);
+    return places[place(bucket * kThreads + thread)];
   };
-  for (int64_t item = first; item < last; ++item) ++places[bucket_of(item) * kThreads + thread];
+  for (int item = first; item < last; ++item) ++place_of(item);
   __syncthreads();
 
   // Exclusive prefix sum over (bucket, thread): each thread adds up kBuckets neighbours, warps their threads.
   int sum = 0;
-  for (int i = 0; i < kBuckets; ++i) sum += places[thread * kBuckets + i];
+  for (int i = 0; i < kBuckets; ++i) sum += places[place(thread * kBuckets + i)];
   int before = sum;
   for (int step = 1; step < kWarpSize; step *= 2) {
     const int left = __shfl_up_sync(kAllLanes, before, step);
@@ -59,14 +63,13 @@ __global__ void __launch_bounds__(kThreads)
   before -= sum;
   for (int warp = 0; warp < thread / kWarpSize; ++warp) before += warp_sums[warp];
   for (int i = 0; i < kBuckets; ++i) {
-    const int count = places[thread * kBuckets + i];
-    places[thread * kBuckets + i] = before;
+    int& entry = places[place(thread * kBuckets + i)];
+    const int count = entry;
+    entry = before;
     before += count;
   }
   __syncthreads();
-  for (int64_t item = first; item < last; ++item) {
-    order[group + places[bucket_of(item) * kThreads + thread]++] = int32_t(item);
-  }
+  for (int item = first; item < last; ++item) order[group + place_of(item)++] = item;
 }
 
 }  // namespace
@@ -77,11 +80,12 @@ Status schedule_longest_first(const AttentionProblem& p, int32_t* order, void* s
   if (code == cudaSuccess) code = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device);
   if (code != cudaSuccess) return status_of(code, "reading the device's L2 size");
   const int64_t kv_head_bytes = p.len_k * (int64_t(p.head_dim) + p.value_dim) * size_of(p.dtype) + 1;
-  const int64_t kv_heads = l2_bytes / 2 / kv_head_bytes;
-  const int64_t heads = (kv_heads > 1 ? kv_heads : 1) * (p.heads_q / p.heads_kv);
-  const int64_t items = p.batch * p.heads_q * p.lists.q_blocks, items_per_group = heads * p.lists.q_blocks;
-  const int64_t groups = (items + items_per_group - 1) / items_per_group;
-  longest_first<<<unsigned(groups), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, items, items_per_group, order);
+  const int64_t kv_heads = l2_bytes / 2 / kv_head_bytes > 1 ? l2_bytes / 2 / kv_head_bytes : 1;
+  const int64_t items = p.batch * p.heads_q * p.lists.q_blocks;  // the caller keeps these within int32
+  const int64_t group = kv_heads * (p.heads_q / p.heads_kv) * p.lists.q_blocks,
+                items_per_group = group < items ? group : items;
+  longest_first<<<unsigned((items + items_per_group - 1) / items_per_group), kThreads, 0,
+                  static_cast<cudaStream_t>(stream)>>>(p, int(items), int(items_per_group), order);
   return status_of(cudaGetLastError(), "launching the ordering of the block lists");
 }
 

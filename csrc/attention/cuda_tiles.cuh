@@ -39,69 +39,61 @@ __device__ __forceinline__ int bits_of_slot(const BlockLists& lists, int64_t row
 
 /// The key blocks of one list row: first the partial list, then the full one. All 32 lanes of a warp walk together and
 /// see the same blocks. Each lane holds one slot of the current 32 and of the 32 after them, so that reading the list
-/// never stands between two blocks.
+/// never stands between two blocks. The state is kept small: it lives beside full register files.
 class BlockWalk {
  public:
-  int block = 0;         // of the keys
-  int slot = 0;          // in its list
-  bool partial = false;  // from the partial list
-
   __device__ __forceinline__ BlockWalk(const AttentionProblem& p, int64_t row)
-      : lists_(p.lists), row_(row), k_blocks_(int((p.len_k + p.lists.block_k - 1) / p.lists.block_k)) {
-    partial_count_ = list_count(lists_.partial, row);
-    full_count_ = list_count(lists_.full, row);
-    first_ = -kWarpSize;
-    in_partial_ = true;
-    fetch();
+      : p_(p),
+        row_(int(row)),
+        partial_count_(list_count(p.lists.partial, row)),
+        full_count_(list_count(p.lists.full, row)) {
+    fetched_ = fetch(0);
   }
 
   /// Moves to the next block that exists; false after the last.
   __device__ __forceinline__ bool next() {
+    existing_ &= existing_ - 1;  // the one just walked
     while (existing_ == 0) {
-      if (!more_) return false;
-      first_ = fetched_first_;
-      in_partial_ = fetched_partial_;
-      entry_ = fetched_entry_;
+      first_ += kWarpSize;
+      if (first_ >= partial_end() + full_count_) return false;
+      entry_ = fetched_;
       existing_ = __ballot_sync(kAllLanes, entry_ >= 0);
-      fetch();
+      fetched_ = fetch(first_ + kWarpSize);
     }
-    const int lane = __ffs(existing_) - 1;
-    existing_ &= existing_ - 1;
-    block = __shfl_sync(kAllLanes, entry_, lane);
-    slot = first_ + lane;
-    partial = in_partial_;
     return true;
   }
 
+  /// The block that next() moved to: its number among the keys, its slot in its list, and whether that is the partial
+  /// one.
+  __device__ __forceinline__ int block() const { return __shfl_sync(kAllLanes, entry_, lane()); }
+  __device__ __forceinline__ bool partial() const { return first_ < partial_end(); }
+  __device__ __forceinline__ int slot() const { return first_ + lane() - (partial() ? 0 : partial_end()); }
+
  private:
-  /// Loads the 32 slots after the current ones: of the same list, or the first ones of the full list.
-  __device__ __forceinline__ void fetch() {
-    fetched_first_ = first_ + kWarpSize;
-    fetched_partial_ = in_partial_;
-    if (fetched_partial_ && fetched_first_ >= partial_count_) {
-      fetched_partial_ = false;
-      fetched_first_ = 0;
-    }
-    more_ = fetched_first_ < (fetched_partial_ ? partial_count_ : full_count_);
-    fetched_entry_ = -1;
-    const int mine = fetched_first_ + int(threadIdx.x % kWarpSize);
-    if (mine < (fetched_partial_ ? partial_count_ : full_count_)) {
-      const BlockList& list = fetched_partial_ ? lists_.partial : lists_.full;
-      const int entry = list.indices[row_ * list.capacity + mine];
-      const bool exists =
-          entry >= 0 && entry < k_blocks_ && (!fetched_partial_ || bits_of_slot(lists_, row_, mine) != INT_MIN);
-      fetched_entry_ = exists ? entry : -1;
-    }
+  __device__ __forceinline__ int lane() const { return __ffs(existing_) - 1; }
+
+  /// Both lists as one sequence of 32 slots each; the full list begins with 32 of its own.
+  __device__ __forceinline__ int partial_end() const {
+    return (partial_count_ + kWarpSize - 1) / kWarpSize * kWarpSize;
   }
 
-  const BlockLists& lists_;
-  const int64_t row_;
-  const int k_blocks_;
-  int partial_count_, full_count_;
-  int first_ = 0, entry_ = -1;  // the current 32 slots; existing_ marks those not yet walked
-  unsigned existing_ = 0;
-  int fetched_first_ = 0, fetched_entry_ = -1;
-  bool in_partial_ = false, fetched_partial_ = false, more_ = false;
+  /// This lane's entry of the 32 slots from `first` on; -1 where nothing exists.
+  __device__ __forceinline__ int fetch(int first) const {
+    const bool partial = first < partial_end();
+    const BlockList& list = partial ? p_.lists.partial : p_.lists.full;
+    const int slot = first + int(threadIdx.x % kWarpSize) - (partial ? 0 : partial_end());
+    if (slot >= (partial ? partial_count_ : full_count_)) return -1;
+    const int entry = list.indices[int64_t(row_) * list.capacity + slot];
+    const bool exists = entry >= 0 && entry < (p_.len_k + p_.lists.block_k - 1) / p_.lists.block_k &&
+                        !(partial && bits_of_slot(p_.lists, row_, slot) == INT_MIN);
+    return exists ? entry : -1;
+  }
+
+  const AttentionProblem& p_;
+  const int row_, partial_count_, full_count_;
+  int first_ = -kWarpSize;  // of the current 32 slots
+  int entry_ = -1, fetched_;
+  unsigned existing_ = 0;  // those of the 32 that exist and are not behind us
 };
 
 /// The keys (or key positions, where the problem has them) that causality and the window let one query row see.
