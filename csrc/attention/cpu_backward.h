@@ -74,7 +74,7 @@ class Backward {
   Status run_rounds() {
     const BlockLists& lists = p_.lists;
     if (p_.batch == 0 || p_.heads_q == 0) return {};
-    if (!p_.transpose.offsets || !p_.transpose.slots) {
+    if (!p_.transpose.offsets) {  // slots may be null: there are none where no list has room for one
       return error(Status::Kind::invalid_argument,
                    "transpose_offsets, transpose_slots: backward needs the transposed lists");
     }
@@ -290,7 +290,9 @@ class Backward {
         loaded = true;
         load_bias(w, head, block);
         for (int64_t at = begin; at < end; ++at) {
-          if (plan_.rank(head.lists, at) >= 0) run_entry(w, round_head * group_ + g, head, segments, at);
+          if (plan_.rank(head.lists, at) < 0) continue;
+          int64_t next = at + 1 < end && plan_.rank(head.lists, at + 1) >= 0 ? at + 1 : at;
+          run_entry(w, round_head * group_ + g, head, segments, at, next);
         }
       }
       if (p_.grad_key_bias) store_grad_bias(w, head, block, /*zero=*/begin == end);
@@ -343,7 +345,8 @@ class Backward {
   }
 
   /// One list entry: the tiles of its query block against the segments of the key block.
-  void run_entry(const Worker& w, int64_t round_query_head, const Head& head, int segments, int64_t at) const {
+  void run_entry(const Worker& w, int64_t round_query_head, const Head& head, int segments, int64_t at,
+                 int64_t next) const {
     const BlockLists& lists = p_.lists;
     int64_t slot = plan_.slot(p_.transpose, head.lists, at), list_row = slot / plan_.slots_per_row;
     int32_t in_row = int32_t(slot % plan_.slots_per_row), rank = plan_.rank(head.lists, at), bits = -1;
@@ -358,19 +361,30 @@ class Backward {
       int64_t index = round_query_head * tiles_ + list_row * tiles_per_block_ + t;
       PackedTile<Product> tile = tile_at(index);
       bool add = rank > 0, waited = false;
+      // The rest of this tile arrives while scores are computed, the start of the next one during the other products.
+      Ahead rest = ahead(tile.query_rows, tile.grad_query + int64_t(rows.padded) * query_vectors_ * lanes, 32);
+      int64_t next_row = plan_.slot(p_.transpose, head.lists, next) / plan_.slots_per_row;
+      bool same_block = t + 1 < tiles_per_block_ || next == at;
+      int64_t next_index = same_block ? index + 1 : round_query_head * tiles_ + next_row * tiles_per_block_;
+      Ahead following;
+      if (next_index < round_heads_ * group_ * tiles_) {
+        PackedTile<Product> next_tile = tile_at(next_index);
+        following = ahead(next_tile.query_lanes, next_tile.query_rows, 16);
+      }
       for (int s = 0; s < segments; ++s) {
         ScoreTile<Product> scores = score_tile(w, tile, rows, s);
+        scores.ahead = &rest;
         if (!make_scores(scores, tile, rows, w.segments[s], w.mask, masked, bits)) continue;
         int steps = rows.padded / pair, keys = w.segments[s].padded;
         int64_t key = int64_t(s) * segment_keys, query_dim = query_vectors_ * lanes, value_dim = value_vectors_ * lanes;
         product<Product>({scores.probability, scores.row_stride, 1}, keys, tile.grad_rows, steps, value_vectors_,
-                         w.grad_value + key * value_dim, value_dim, true);
+                         w.grad_value + key * value_dim, value_dim, true, &following);
         product<Product>({scores.grad_score, scores.row_stride, 1}, keys, tile.query_rows, steps, query_vectors_,
-                         w.grad_key + key * query_dim, query_dim, true);
+                         w.grad_key + key * query_dim, query_dim, true, &following);
         if (!waited) wait_for(&added_[index], rank);
         waited = true;
         product<Product>({scores.grad_score_pairs, 1, scores.pair_stride}, rows.padded, key_steps_at(w, s), keys / pair,
-                         query_vectors_, tile.grad_query, query_dim, add);
+                         query_vectors_, tile.grad_query, query_dim, add, &following);
         add = true;
       }
       if (!waited) wait_for(&added_[index], rank);
@@ -381,6 +395,10 @@ class Backward {
       }
       __atomic_store_n(&added_[index], rank + 1, __ATOMIC_RELEASE);
     }
+  }
+
+  static Ahead ahead(const void* first, const void* last, int lines) {
+    return {static_cast<const char*>(first), static_cast<const char*>(last), lines};
   }
 
   static void wait_for(const int32_t* added, int32_t rank) {

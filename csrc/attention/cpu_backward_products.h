@@ -19,12 +19,26 @@ namespace gradients {
 constexpr int lanes = Simd::lanes;
 constexpr int panel_vectors = tile_registers;
 constexpr int micro_rows = 6;
+#ifndef CHUNK
+#define CHUNK 32
+#endif
+constexpr int chunk_keys = CHUNK;
 
 /// Vectors of the panel that starts at `first` of `vectors`: as even as possible, so that no panel is left with one.
 SPARSEKIT_INLINE int panel_width(int first, int vectors) {
   int left = vectors - first, panels = (left + panel_vectors - 1) / panel_vectors;
   return (left + panels - 1) / panels;
 }
+
+/// Memory to bring into L2 while products run, a few lines per register tile.
+struct Ahead {
+  const char *at = nullptr, *end = nullptr;
+  int lines = 0;
+
+  SPARSEKIT_INLINE void step(Ahead* a) {
+    for (int i = 0; i < a->lines && a->at < a->end; ++i, a->at += 64) Simd::prefetch(a->at);
+  }
+};
 
 /// Left operand of a product: element (row, step) is data[row * row_stride + step * step_stride].
 template <class Product>
@@ -79,8 +93,10 @@ SPARSEKIT_INLINE void product_micro(const Operand<Product>& a, const typename Pr
 
 template <class Product, int width>
 void product_panel(Operand<Product> a, int rows, const typename Product::Element* b, int steps, float* c,
-                   int64_t c_stride, bool add) {
-  while (rows > 0) {  // rows is a multiple of 16: 6, 6, ... and 4 or 4, 4 at the end
+                   int64_t c_stride, bool add, Ahead* ahead) {
+  while (rows > 0) {
+    Ahead::step(ahead);
+    // rows is a multiple of 16: 6, 6, ... and 4 or 4, 4 at the end
     if (rows >= micro_rows && rows != 8) {
       product_micro<Product, micro_rows, width>(a, b, steps, c, c_stride, add);
       a = a.rows_from(micro_rows);
@@ -98,16 +114,16 @@ void product_panel(Operand<Product> a, int rows, const typename Product::Element
 /// C (+)= A B with B packed in panels [panel][step][lane].
 template <class Product>
 void product(const Operand<Product>& a, int rows, const typename Product::Element* b, int steps, int vectors, float* c,
-             int64_t c_stride, bool add) {
+             int64_t c_stride, bool add, Ahead* ahead) {
   for (int first = 0, width; first < vectors; first += width) {
     width = panel_width(first, vectors);
     const typename Product::Element* panel = b + int64_t(first) * lanes * steps;
     float* out = c + first * lanes;
     switch (width) {
-      case 1: product_panel<Product, 1>(a, rows, panel, steps, out, c_stride, add); break;
-      case 2: product_panel<Product, 2>(a, rows, panel, steps, out, c_stride, add); break;
-      case 3: product_panel<Product, panel_vectors >= 3 ? 3 : 1>(a, rows, panel, steps, out, c_stride, add); break;
-      case 4: product_panel<Product, panel_vectors >= 4 ? 4 : 1>(a, rows, panel, steps, out, c_stride, add); break;
+      case 1: product_panel<Product, 1>(a, rows, panel, steps, out, c_stride, add, ahead); break;
+      case 2: product_panel<Product, 2>(a, rows, panel, steps, out, c_stride, add, ahead); break;
+      case 3: product_panel<Product, panel_vectors >= 3 ? 3 : 1>(a, rows, panel, steps, out, c_stride, add, ahead); break;
+      case 4: product_panel<Product, panel_vectors >= 4 ? 4 : 1>(a, rows, panel, steps, out, c_stride, add, ahead); break;
     }
   }
 }
@@ -132,30 +148,24 @@ struct ScoreTile {
   Element* grad_score = nullptr;        // [key][query] as left operand of dK
   Element* grad_score_pairs = nullptr;  // [key / pair][query] as left operand of dQ; fp32: is grad_score
   int64_t row_stride = 0, pair_stride = 0;
+  Ahead* ahead = nullptr;
   float* grad_bias = nullptr;  // [key][lanes] partial sums, or null
 };
 
-/// `rows` keys against panel `first`, a panel of `width` vectors of queries.
-template <class Product, bool masked, int rows, int width>
-SPARSEKIT_INLINE void score_micro(const ScoreTile<Product>& t, int key, int first, const PairMask& mask) {
-  alignas(64) float scores[rows][width * lanes], grads[rows][width * lanes];
-  int64_t panel = int64_t(first) * lanes;
-  product_micro<Product, rows, width>(t.key.rows_from(key), t.query + panel * t.query_steps, t.query_steps, scores[0],
-                                      width * lanes, false);
-  product_micro<Product, rows, width>(t.value.rows_from(key), t.grad_out + panel * t.value_steps, t.value_steps,
-                                      grads[0], width * lanes, false);
+/// P and dS of `rows` keys from `key` on and panel `first`, a panel of `width` vectors, from the products q.k and dO.v.
+template <class Product, bool masked, int width>
+SPARSEKIT_INLINE void score_elements(const ScoreTile<Product>& t, int key, int rows, int first, const PairMask& mask,
+                                     const float* scores, const float* grads) {
   for (int v = 0; v < width; ++v) {
     int query = (first + v) * lanes;
     const Simd::Float lse = Simd::load(t.lse + query), weight = Simd::load(t.weight + query);
     const Simd::Float delta = Simd::load(t.delta + query);
-#pragma GCC unroll 3
     for (int r = 0; r < rows; r += 2) {
       Simd::Float p[2], ds[2];
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
-        int n = key + r + i;
-        Simd::Float x = Simd::load(scores[r + i] + v * lanes), shift = Simd::sub(Simd::set(t.bias[n]), lse);
-        Simd::Float capped = Simd::zero();
+        int n = key + r + i, at = ((r + i) * width + v) * lanes;
+        Simd::Float x = Simd::load(scores + at), shift = Simd::sub(Simd::set(t.bias[n]), lse), capped = Simd::zero();
         if (t.softcap_out != 0) {
           capped = tanh(Simd::mul(x, Simd::set(t.softcap_in)));
           x = Simd::fma(capped, Simd::set(t.softcap_out), shift);
@@ -163,7 +173,7 @@ SPARSEKIT_INLINE void score_micro(const ScoreTile<Product>& t, int key, int firs
           x = Simd::fma(x, Simd::set(t.scale), shift);
         }
         p[i] = exp2<Product::exp2_degree>(x);
-        ds[i] = Simd::mul(p[i], Simd::fms(weight, Simd::load(grads[r + i] + v * lanes), delta));
+        ds[i] = Simd::mul(p[i], Simd::fms(weight, Simd::load(grads + at), delta));
         if (masked) {
           Simd::Mask seen = PairMask::lanes(mask, v, n);
           p[i] = Simd::select(seen, p[i], Simd::zero());
@@ -181,17 +191,18 @@ SPARSEKIT_INLINE void score_micro(const ScoreTile<Product>& t, int key, int firs
   }
 }
 
+/// All keys against one panel of queries. Keys go in chunks: the panels of Q and dO take turns in L1 only once per chunk.
 template <class Product, bool masked, int width>
 void score_panel(const ScoreTile<Product>& t, int first, const PairMask& mask) {
-  for (int key = 0; key < t.keys;) {
-    int left = t.keys - key;
-    if (left >= micro_rows && left != 8) {
-      score_micro<Product, masked, micro_rows, width>(t, key, first, mask);
-      key += micro_rows;
-    } else {
-      score_micro<Product, masked, 4, width>(t, key, first, mask);
-      key += 4;
-    }
+  alignas(64) float scores[chunk_keys * width * lanes], grads[chunk_keys * width * lanes];
+  int64_t panel = int64_t(first) * lanes;
+  for (int key = 0; key < t.keys; key += chunk_keys) {
+    int rows = t.keys - key < chunk_keys ? t.keys - key : chunk_keys;
+    product_panel<Product, width>(t.key.rows_from(key), rows, t.query + panel * t.query_steps, t.query_steps, scores,
+                                  width * lanes, false, t.ahead);
+    product_panel<Product, width>(t.value.rows_from(key), rows, t.grad_out + panel * t.value_steps, t.value_steps, grads,
+                                  width * lanes, false, t.ahead);
+    score_elements<Product, masked, width>(t, key, rows, first, mask, scores, grads);
   }
 }
 
