@@ -8,7 +8,7 @@ The same kernels and the same tensors as `sparsekit.block_sparse_attention`; doc
 
 import numpy as np
 
-from . import _numpy
+from ._numpy import attention_forward
 
 __all__ = ["block_sparse_attention"]
 
@@ -64,7 +64,7 @@ def block_sparse_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what was found and what is supported.
     """
-    out, lse = _numpy.attention_forward(
+    out, lse = attention_forward(
         _exportable(query),
         _exportable(key),
         _exportable(value),
