@@ -125,29 +125,27 @@ def _plan(device: str, dtype, head_dim: int, value_dim: int, block_size, backwar
 
 
 def cuda_architectures(library: Path) -> list[str]:
-    """The GPU code in a library, such as `["sm_80", "compute_80", "sm_90a"]`: read from the file, as cuobjdump does.
+    """The GPU code in a library, such as `["compute_80", "sm_80", "sm_90a"]`: read from the file, touching no driver.
 
-    nvcc puts code into "fat binaries": a header (magic, version, header size, size), then entries, each with a header
-    that says whether it is PTX or machine code and for which architecture.
+    nvcc stores code in "fat binaries": a header of 16 bytes (magic, version, header size, size of the rest), then
+    entries. Of an entry's header these fields count: kind (1: PTX, 2: machine code) at 0, header size at 4, code size
+    at 8, architecture at 28, flags at 40 (bit 20: "a" as in 90a, bit 21: "f" as in 100f).
     """
-    data, found = library.read_bytes(), set()
-    start = data.find(_FATBIN_MAGIC)
+    data, magic, found = library.read_bytes(), struct.pack("<I", 0xBA55ED50), set()
+    start = data.find(magic)
     while start >= 0:
-        _, header_size, size = struct.unpack_from("<HHQ", data, start + 4)
-        at, end = start + header_size, min(start + header_size + size, len(data))
+        (size,) = struct.unpack_from("<Q", data, start + 8)
+        at, end = start + 16, min(start + 16 + size, len(data))
         while at + 64 <= end:
-            kind, _, entry_header, payload = struct.unpack_from("<HHIQ", data, at)
-            (architecture,) = struct.unpack_from("<I", data, at + 28)
-            (flags,) = struct.unpack_from("<Q", data, at + 40)
-            if kind not in (1, 2) or entry_header == 0:
-                break
-            found.add((architecture, kind, flags))
-            at += entry_header + payload
-        start = data.find(_FATBIN_MAGIC, start + 4)
-    return sorted(found)
-
-
-_FATBIN_MAGIC = struct.pack("<I", 0xBA55ED50)
+            kind, _, header_size, code_size = struct.unpack_from("<HHIQ", data, at)
+            (architecture,), (flags,) = struct.unpack_from("<I", data, at + 28), struct.unpack_from("<Q", data, at + 40)
+            if kind not in (1, 2) or header_size < 64:
+                break  # not a fat binary: the magic number by chance
+            suffix = "a" if flags >> 20 & 1 else "f" if flags >> 21 & 1 else ""
+            found.add(f"{'compute' if kind == 1 else 'sm'}_{architecture}{suffix}")
+            at += header_size + code_size
+        start = data.find(magic, start + 4)
+    return sorted(found, key=lambda name: (int("".join(filter(str.isdigit, name))), name))
 
 
 def _lines(values: dict, indent: str) -> list[str]:

@@ -140,10 +140,12 @@ def _attention_autograd(forward, backward) -> None:
         ctx.others = {name: value for name, value in kept.items() if not isinstance(value, Tensor)}
 
     def formula(ctx, grad_out, grad_lse):
+        # Trailing arguments that are equal to their defaults were dropped by the dispatcher, and get no gradient.
+        passed_names = names[: len(ctx.needs_input_grad)]
         if grad_out is None and grad_lse is None:
-            return (None,) * len(names)
+            return (None,) * len(passed_names)
         given = {**ctx.others, **dict(zip(ctx.tensor_names, ctx.saved_tensors, strict=True))}
-        wanted = dict(zip(names, ctx.needs_input_grad, strict=True))
+        wanted = dict.fromkeys(names, False) | dict(zip(passed_names, ctx.needs_input_grad, strict=True))
         if (
             given["transpose_offsets"] is None
         ):  # an op of its own: layers that share lists share the result when compiled
@@ -164,14 +166,14 @@ def _attention_autograd(forward, backward) -> None:
             grads["key_bias"] = bias_grad.sum_to_size(given["key_bias"].shape)
         if wanted["sinks"]:
             grads["sinks"] = sinks_grad.sum(0)
-        return tuple(grads.get(name) if wanted[name] else None for name in names)
+        return tuple(grads.get(name) if wanted[name] else None for name in passed_names)
 
     register_autograd(forward.default, formula, setup_context=setup_context)
 
     def refuse(ctx, *grads):
         raise RuntimeError(
-            f"sparsekit: {forward.__name__} cannot be differentiated twice: its backward is a kernel without a derivative "
-            "of its own. First derivatives need no create_graph=True"
+            f"sparsekit: {forward.__name__} cannot be differentiated twice: its backward is a kernel without a "
+            "derivative of its own. First derivatives need no create_graph=True"
         )
 
     register_autograd(backward.default, refuse, setup_context=lambda ctx, inputs, output: None)

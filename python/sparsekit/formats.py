@@ -29,8 +29,8 @@ _TENSORS = (
     "kv_indices",
     "full_kv_num_blocks",
     "full_kv_indices",
+    "partial_bits_index",  # before partial_bits: torch.export's guards take "partial_bits" for a prefix of it
     "partial_bits",
-    "partial_bits_index",
     "transpose_offsets",
     "transpose_slots",
 )
@@ -439,6 +439,7 @@ pytree.register_pytree_node(
     to_dumpable_context=list,
     from_dumpable_context=_context_from_json,
 )
+torch.serialization.add_safe_globals([BlockPattern])  # torch.load(weights_only=True): tensors and numbers only
 
 
 # ---- from lists
