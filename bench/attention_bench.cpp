@@ -75,8 +75,7 @@ void report(benchmark::State& state, DType dtype, double flop) {
                                  multiply_add_peak(DType::bf16, 1)};
   const double peak = peaks[int(dtype)];
   if (peak > 0) {
-    state.counters["peak"] =
-        benchmark::Counter(flop / peak, benchmark::Counter::kIsIterationInvariantRate);
+    state.counters["peak"] = benchmark::Counter(flop / peak, benchmark::Counter::kIsIterationInvariantRate);
   }
 }
 

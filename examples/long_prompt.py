@@ -33,6 +33,9 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
 from sparsekit.integrations.transformers import (
     TopKBlocks,
     mean_scores,
@@ -40,8 +43,6 @@ from sparsekit.integrations.transformers import (
     recency_scores,
     register,
 )
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 DENSITIES = (0.05, 0.10, 0.25, 0.50)
 SELECTIONS = {

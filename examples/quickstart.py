@@ -1,7 +1,8 @@
 """Block-sparse attention on your own tensors: which key blocks each query block sees, and one call. Runs on a CPU."""
 
-import sparsekit
 import torch
+
+import sparsekit
 
 query, key, value = (torch.randn(1, 8, 2048, 64) for _ in range(3))  # [batch, heads, tokens, head_dim], as in SDPA
 

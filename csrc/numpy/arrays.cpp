@@ -42,15 +42,18 @@ Array::Array(const char* argument, nb::handle source, size_t dimensions) : name(
   if (source.is_none()) return;
   if (!nb::try_cast(source, array_, /*convert=*/false)) {
     std::string type = nb::str(source.type().attr("__name__")).c_str();
-    throw nb::type_error((std::string(name) + ": " + type + " found; a NumPy array or a DLPack producer on the CPU "
-                          "supported").c_str());
+    throw nb::type_error((std::string(name) + ": " + type +
+                          " found; a NumPy array or a DLPack producer on the CPU "
+                          "supported")
+                             .c_str());
   }
   if (array_.device_type() != nb::device::cpu::value) {
     throw nb::value_error((std::string(name) + " is not in CPU memory; use sparsekit's torch ops on a GPU").c_str());
   }
   if (array_.ndim() != dimensions) {
     throw nb::value_error((std::string(name) + ": " + std::to_string(array_.ndim()) + " dimensions found; " +
-                           std::to_string(dimensions) + " supported").c_str());
+                           std::to_string(dimensions) + " supported")
+                              .c_str());
   }
 }
 
@@ -63,13 +66,15 @@ DType Array::dtype() const {
     if ((found.code == Bfloat || found.code == UInt) && found.bits == 16) return DType::bf16;
   }
   throw nb::type_error((std::string(name) + ": dtype " + text(found) +
-                        " found; float32, float16, bfloat16 (also as its bits, uint16) and float64 supported").c_str());
+                        " found; float32, float16, bfloat16 (also as its bits, uint16) and float64 supported")
+                           .c_str());
 }
 
 void Array::expect_dtype(const Array& other) const {
   if (dtype() == other.dtype()) return;
   throw nb::type_error((std::string(name) + ": dtype " + sparsekit::name(dtype()) + " found; " + other.name + "'s " +
-                        sparsekit::name(other.dtype()) + " supported").c_str());
+                        sparsekit::name(other.dtype()) + " supported")
+                           .c_str());
 }
 
 void Array::expect_shape(const std::vector<int64_t>& sizes) const {
@@ -80,8 +85,8 @@ void Array::expect_shape(const std::vector<int64_t>& sizes) const {
     same = same && (sizes[i] < 0 || sizes[i] == found[i]);
   }
   if (same) return;
-  throw nb::value_error((std::string(name) + ": shape " + shape_text(found) + " found; " + shape_text(sizes) +
-                         " supported").c_str());
+  throw nb::value_error(
+      (std::string(name) + ": shape " + shape_text(found) + " found; " + shape_text(sizes) + " supported").c_str());
 }
 
 namespace {
@@ -89,8 +94,9 @@ namespace {
 template <class T>
 const T* plain(const nb::ndarray<nb::ro>& array, const char* name) {
   if (array.dtype() != nb::dtype<T>()) {
-    throw nb::type_error((std::string(name) + ": dtype " + text(array.dtype()) + " found; " + text(nb::dtype<T>()) +
-                          " supported").c_str());
+    throw nb::type_error(
+        (std::string(name) + ": dtype " + text(array.dtype()) + " found; " + text(nb::dtype<T>()) + " supported")
+            .c_str());
   }
   int64_t expected = 1;
   for (size_t i = array.ndim(); i-- > 0;) {

@@ -13,31 +13,18 @@ namespace {
 
 #ifdef __x86_64__
 
-#define TWELVE(op, reg)                                                                                    \
-  op " %%" reg "12, %%" reg "13, %%" reg "0\n" op " %%" reg "12, %%" reg "13, %%" reg "1\n"                \
-  op " %%" reg "12, %%" reg "13, %%" reg "2\n" op " %%" reg "12, %%" reg "13, %%" reg "3\n"                \
-  op " %%" reg "12, %%" reg "13, %%" reg "4\n" op " %%" reg "12, %%" reg "13, %%" reg "5\n"                \
-  op " %%" reg "12, %%" reg "13, %%" reg "6\n" op " %%" reg "12, %%" reg "13, %%" reg "7\n"                \
-  op " %%" reg "12, %%" reg "13, %%" reg "8\n" op " %%" reg "12, %%" reg "13, %%" reg "9\n"                \
-  op " %%" reg "12, %%" reg "13, %%" reg "10\n" op " %%" reg "12, %%" reg "13, %%" reg "11\n"
+#define TWELVE(instruction) ".irp r, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11\n" instruction "\n.endr\n"
 
 // The registers start as zeros: values cannot overflow, and zeros are not faster to multiply.
-#define CLEAR_TWELVE(reg)                                                                                  \
-  "vxorps %%" reg "0, %%" reg "0, %%" reg "0\nvxorps %%" reg "1, %%" reg "1, %%" reg "1\n"                 \
-  "vxorps %%" reg "2, %%" reg "2, %%" reg "2\nvxorps %%" reg "3, %%" reg "3, %%" reg "3\n"                 \
-  "vxorps %%" reg "4, %%" reg "4, %%" reg "4\nvxorps %%" reg "5, %%" reg "5, %%" reg "5\n"                 \
-  "vxorps %%" reg "6, %%" reg "6, %%" reg "6\nvxorps %%" reg "7, %%" reg "7, %%" reg "7\n"                 \
-  "vxorps %%" reg "8, %%" reg "8, %%" reg "8\nvxorps %%" reg "9, %%" reg "9, %%" reg "9\n"                 \
-  "vxorps %%" reg "10, %%" reg "10, %%" reg "10\nvxorps %%" reg "11, %%" reg "11, %%" reg "11\n"           \
-  "vxorps %%" reg "12, %%" reg "12, %%" reg "12\nvxorps %%" reg "13, %%" reg "13, %%" reg "13\n"
-
-#define LOOP(name, op, reg)                                                                                \
-  void name(int64_t rounds) {                                                                              \
-    asm volatile(CLEAR_TWELVE("ymm") "1:\n" TWELVE(op, reg) "dec %0\njnz 1b\nvzeroupper"                   \
-                 : "+r"(rounds)                                                                            \
-                 :                                                                                         \
-                 : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",   \
-                   "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");                                  \
+#define LOOP(name, op, reg)                                                                                       \
+  void name(int64_t rounds) {                                                                                     \
+    asm volatile("vxorps %%xmm12, %%xmm12, %%xmm12\nvxorps %%xmm13, %%xmm13, %%xmm13\n" TWELVE(                   \
+                     "vxorps %%xmm\\r, %%xmm\\r, %%xmm\\r") "1:\n" TWELVE(op " %%" reg "12, %%" reg "13, %%" reg  \
+                                                                             "\\r") "dec %0\njnz 1b\nvzeroupper"  \
+                 : "+r"(rounds)                                                                                   \
+                 :                                                                                                \
+                 : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
+                   "xmm11", "xmm12", "xmm13");                                                                    \
   }
 
 LOOP(f32_fma, "vfmadd231ps", "ymm")

@@ -1,5 +1,5 @@
-// Threads for callers that bring none: the NumPy module, the C++ tests and the microbenchmarks. The torch adapter passes
-// torch's own pool instead.
+// Threads for callers that bring none: the NumPy module, the C++ tests and the microbenchmarks. The torch adapter
+// passes torch's own pool instead.
 #pragma once
 
 #include "sparsekit/parallel.h"

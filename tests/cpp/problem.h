@@ -78,7 +78,8 @@ class Problem {
   void make_lists(Random& random);
 };
 
-/// Largest difference of `out` and `lse` of a finished call from the answer; infinite if one is NaN where it must not be.
+/// Largest difference of `out` and `lse` of a finished call from the answer; infinite if one is NaN where it must not
+/// be.
 double difference(const Problem& problem, const std::vector<double>& out, const std::vector<double>& lse);
 
 }  // namespace sparsekit::testing

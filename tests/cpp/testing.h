@@ -23,24 +23,24 @@ int& failures();  // of the running test
 struct Registration {
   Registration(const char* name, void (*run)()) { tests().push_back({name, run}); }
 };
-#define TEST(name)                                                              \
-  static void name();                                                           \
+#define TEST(name)                                                                \
+  static void name();                                                             \
   static const sparsekit::testing::Registration registration_##name(#name, name); \
   static void name()
 
-#define CHECK(condition, ...)                                          \
-  do {                                                                 \
-    if (!(condition)) {                                                \
-      ++sparsekit::testing::failures();                                \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);      \
-      std::printf(__VA_ARGS__);                                        \
-      std::printf("\n");                                               \
-    }                                                                  \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    if (!(condition)) {                                           \
+      ++sparsekit::testing::failures();                           \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+    }                                                             \
   } while (0)
-#define CHECK_OK(expression)                            \
-  do {                                                  \
-    sparsekit::Status checked = (expression);           \
-    CHECK(checked.ok(), "%s", checked.message);         \
+#define CHECK_OK(expression)                    \
+  do {                                          \
+    sparsekit::Status checked = (expression);   \
+    CHECK(checked.ok(), "%s", checked.message); \
   } while (0)
 
 using Random = std::mt19937;
