@@ -146,3 +146,15 @@ def test_build_takes_no_torch_that_is_too_old(tmp_path):
     old.mkdir(parents=True)
     (old / "version.h").write_text("#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 10\n")
     assert found_include("", PYTHONPATH=str(tmp_path)) == Path(torch.__file__).parent / "include"
+
+
+def test_readme_example_runs():
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    assert run(code + "\nprint(tuple(out.shape), bool(out.isfinite().all()))") == "(1, 8, 2048, 64) True"
+
+
+def test_documentation_links_lead_somewhere():
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "third_party/README.md")]
+    for page in [*pages, *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")]:
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.relative_to(ROOT)}: {link}"
