@@ -20,6 +20,14 @@ _CHUNK = (
 TokenMask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+def pair(value, name: str) -> tuple[int, int]:
+    """One number for both, or two."""
+    numbers = (value, value) if isinstance(value, int) else tuple(value)
+    if len(numbers) != 2:
+        raise ValueError(f"{name}: found {value!r}, supported are two integers")
+    return numbers
+
+
 # ---- lists
 
 
@@ -38,14 +46,15 @@ def to_dense(counts: Tensor, indices: Tensor, key_blocks: int) -> Tensor:
 def compact(keep: Tensor, indices: Tensor, flags: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Counts, and the slots to keep moved to the front in their order, -1 (flags: False) behind them."""
     capacity = indices.shape[-1]
-    place = torch.where(keep, keep.cumsum(-1) - 1, capacity)  # all that goes falls into one slot too many
+    place = keep.cumsum(-1, dtype=torch.int32)
+    counts = place[..., -1] if capacity else keep.sum(-1, dtype=torch.int32)
+    place = torch.where(keep, place - 1, capacity).long()  # all that goes falls into one slot too many
 
     def moved(tensor: Tensor, empty: int) -> Tensor:
         room = torch.full((*keep.shape[:-1], capacity + 1), empty, dtype=tensor.dtype, device=tensor.device)
         return room.scatter_(-1, place, tensor.expand(keep.shape))[..., :capacity].contiguous()
 
-    counts = keep.sum(-1, dtype=torch.int32)
-    return counts, moved(indices, -1), None if flags is None else moved(flags, False)
+    return counts.contiguous(), moved(indices, -1), None if flags is None else moved(flags, False)
 
 
 # ---- causality and window
@@ -74,6 +83,55 @@ def sort_by_position(
     kept, partial_indices, masked = compact(partial, indices, masked)
     kept = torch.where((counts < 0) | (counts > indices.shape[-1]), counts, kept)
     return (kept, partial_indices, masked), (full_counts, full_indices)
+
+
+class Order:
+    """How causality and window sort blocks into full, partial and dropped, and what else every pattern needs.
+
+    `assumes` is "any" where there is nothing to sort by: also in a packed batch with positions, where the keys of a block
+    number differ from row to row, so that every block stays partial.
+    """
+
+    def __init__(
+        self,
+        block_size: tuple[int, int],
+        seq_lengths: tuple[int, int],
+        causal: bool,
+        window: tuple[int, int],
+        query_positions: Tensor | None = None,
+        key_positions: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+    ):
+        if seq_lengths is None:
+            raise ValueError("seq_lengths: found None, supported is (Sq, Sk): lists do not say how many keys there are")
+        if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+            raise ValueError("cu_seqlens_q, cu_seqlens_k: found only one, supported are both or none")
+        self.block_size, self.seq_lengths = block_size, pair(seq_lengths, "seq_lengths")
+        self.causal, self.window = causal, pair(window, "window")
+        self.positions, self.cu_seqlens = (query_positions, key_positions), (cu_seqlens_q, cu_seqlens_k)
+        self.packed = cu_seqlens_q is not None
+        positioned = query_positions is not None or key_positions is not None
+        masks = causal or self.window != (-1, -1)
+        if not masks or (self.packed and positioned):
+            self.assumes = "any"
+        else:
+            self.assumes = "packed" if self.packed else "positions" if positioned else "bottom_right"
+
+    @property
+    def most_cut(self) -> int:
+        """At most so many blocks of a row are cut, and so partial (if they have no bits)."""
+        if self.assumes == "positions":
+            return 2**31 - 1
+        return cut_blocks(self.block_size, self.causal, self.window)
+
+    def inside_outside(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Of blocks `[..., Mq, K]`: are all their pairs seen, is none."""
+        if self.packed:
+            ranges = packed_ranges(indices, self.block_size, *self.cu_seqlens)
+        else:
+            ranges = position_ranges(indices, self.block_size, self.seq_lengths, *self.positions)
+        return mask_of_ranges(*ranges, self.causal, self.window)
 
 
 def mask_of_ranges(
@@ -116,15 +174,16 @@ def position_ranges(
     key_positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Smallest and largest position of the rows `[B|1, 1, Mq, 1]`, and of the keys of each listed block `[..., K]`."""
-    length_q, length_k = seq_lengths
+    (block_q, block_k), (length_q, length_k) = block_size, seq_lengths
     if query_positions is None:
-        query_positions = torch.arange(length_q, device=indices.device)[None] + (length_k - length_q)
-    if key_positions is None:
-        key_positions = torch.arange(length_k, device=indices.device)[None]
-    q_low, q_high = (bound[:, None, :, None] for bound in block_range(query_positions, block_size[0]))
-    if length_k == 0:  # nothing to look up, and nothing is listed
-        return q_low, q_high, indices, indices
-    k_low, k_high = block_range(key_positions, block_size[1])
+        row = torch.arange(0, length_q, block_q, dtype=torch.int32, device=indices.device)[:, None]
+        q_low, q_high = row + (length_k - length_q), (row + block_q).clamp(max=length_q) + (length_k - length_q - 1)
+    else:
+        q_low, q_high = (bound[:, None, :, None] for bound in block_range(query_positions, block_q))
+    if key_positions is None or length_k == 0:
+        k_low = indices * block_k
+        return q_low, q_high, k_low, (k_low + block_k).clamp(max=length_k) - 1
+    k_low, k_high = block_range(key_positions, block_k)
     block = indices.clamp(0, k_low.shape[1] - 1).long()
     batch = torch.arange(k_low.shape[0], device=indices.device)[:, None, None, None]
     return q_low, q_high, k_low[batch, block], k_high[batch, block]

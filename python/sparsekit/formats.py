@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import _lists
+from ._lists import pair
 
 __all__ = ["BlockPattern"]
 
@@ -107,7 +108,7 @@ class BlockPattern:
 
         Args:
             block_map: `[B|1, H|1, Mq, Nk]`; leading dimensions may be missing. bool, or any dtype with 0 for false.
-            capacity: K; default Nk. A row with more true entries keeps its first K.
+            capacity: K; default Nk. A list of more entries keeps its first K.
             seq_lengths: (Sq, Sk); default (Mq * block_q, Nk * block_k).
             causal, window, ...: see `from_indices`.
         """
@@ -120,9 +121,15 @@ class BlockPattern:
             seq_lengths = (block_map.shape[-2] * block_size[0], block_map.shape[-1] * block_size[1])
         _check_grid(block_map.shape[-2:], block_size, seq_lengths, "block_map", cu_seqlens_q is not None)
         capacity = block_map.shape[-1] if capacity is None else capacity
-        counts, indices = torch.ops.sparsekit.block_lists_from_bool(block_map, capacity)
         where = (query_positions, key_positions, cu_seqlens_q, cu_seqlens_k)
-        return _from_lists(cls, counts, indices, block_size, seq_lengths, causal, window, where)
+        order = _lists.Order(block_size, seq_lengths, causal, window, *where)
+        to_lists = torch.ops.sparsekit.block_lists_from_bool
+        if order.assumes == "any":
+            return _pattern(cls, order, to_lists(block_map, capacity))
+        columns = torch.arange(block_map.shape[-1], dtype=torch.int32, device=block_map.device)
+        inside, outside = order.inside_outside(columns.expand(1, 1, *block_map.shape[-2:]))
+        partial = to_lists(block_map & ~(inside | outside), min(capacity, order.most_cut))
+        return _pattern(cls, order, partial, to_lists(block_map & inside, capacity))
 
     @classmethod
     def from_indices(
@@ -160,8 +167,9 @@ class BlockPattern:
             counts = torch.full(indices.shape[:-1], indices.shape[-1], dtype=torch.int32, device=indices.device)
         else:
             counts = counts[(None,) * (3 - counts.dim())].to(torch.int32).expand(indices.shape[:-1]).contiguous()
-        block_size, where = pair(block_size, "block_size"), (query_positions, key_positions, cu_seqlens_q, cu_seqlens_k)
-        return _from_lists(cls, counts, indices, block_size, seq_lengths, causal, window, where)
+        where = (query_positions, key_positions, cu_seqlens_q, cu_seqlens_k)
+        order = _lists.Order(pair(block_size, "block_size"), seq_lengths, causal, window, *where)
+        return _from_lists(cls, counts, indices, order)
 
     @classmethod
     def from_csr(
@@ -203,8 +211,9 @@ class BlockPattern:
             indices = col_indices.gather(-1, flat).view(entry.shape)
             indices = indices.masked_fill(place >= counts[..., None], -1)
         counts = counts.clamp(max=capacity).to(torch.int32)
-        block_size, where = pair(block_size, "block_size"), (query_positions, key_positions, cu_seqlens_q, cu_seqlens_k)
-        return _from_lists(cls, counts, indices, block_size, seq_lengths, causal, window, where)
+        where = (query_positions, key_positions, cu_seqlens_q, cu_seqlens_k)
+        order = _lists.Order(pair(block_size, "block_size"), seq_lengths, causal, window, *where)
+        return _from_lists(cls, counts, indices, order)
 
     @classmethod
     def from_documents(
@@ -230,6 +239,7 @@ class BlockPattern:
         seq_lengths = (length, length) if seq_lengths is None else pair(seq_lengths, "seq_lengths")
         if seq_lengths[0] != seq_lengths[1]:
             raise ValueError(f"seq_lengths: found {seq_lengths}, supported are equal lengths (self-attention)")
+        order = _lists.Order(block_size, seq_lengths, causal, window)
         # The document of every token; -1 and `documents` are tokens before the first and past the last.
         documents = cu_seqlens.numel() - 1
         token = torch.arange(length, device=cu_seqlens.device)
@@ -247,9 +257,7 @@ class BlockPattern:
         def same_document(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (document[q] == document[k]) & (document[q] >= 0) & (document[q] < documents)
 
-        return _from_lists(
-            cls, counts, indices, block_size, seq_lengths, causal, window, masked=masked, token_mask=same_document
-        )
+        return _from_lists(cls, counts, indices, order, masked, same_document)
 
     @classmethod
     def from_flex(
@@ -281,10 +289,9 @@ class BlockPattern:
         _check_grid(indices.shape[-2:-1], block_size, seq_lengths, "block_mask", False)
         token_mask = None if block_mask.mask_mod is noop_mask else _lists.over_tokens(block_mask.mask_mod)
         masked = torch.full_like(indices, token_mask is not None, dtype=torch.bool)
-        if full_counts is None or (not causal and pair(window, "window") == (-1, -1)):
-            pattern = _from_lists(
-                cls, counts, indices, block_size, seq_lengths, causal, window, masked=masked, token_mask=token_mask
-            )
+        order = _lists.Order(block_size, seq_lengths, causal, window)
+        if full_counts is None or order.assumes == "any":
+            pattern = _from_lists(cls, counts, indices, order, masked, token_mask)
             if full_counts is None:
                 return pattern
             return dataclasses.replace(
@@ -295,9 +302,7 @@ class BlockPattern:
         listed = torch.cat([_lists.listed_slots(counts, indices), _lists.listed_slots(full_counts, full_indices)], -1)
         indices = torch.cat([indices, full_indices], -1).where(listed, -1)
         counts = torch.full_like(counts, indices.shape[-1])
-        return _from_lists(
-            cls, counts, indices, block_size, seq_lengths, causal, window, masked=masked, token_mask=token_mask
-        )
+        return _from_lists(cls, counts, indices, order, masked, token_mask)
 
     # ---- methods
 
@@ -445,60 +450,40 @@ torch.serialization.add_safe_globals([BlockPattern])  # torch.load(weights_only=
 # ---- from lists
 
 
+def _pattern(cls, order: _lists.Order, partial, full=(None, None), bits=(None, None)) -> BlockPattern:
+    return cls(
+        *(tensor if tensor is None else tensor.contiguous() for tensor in (*partial, *full)),
+        *bits,
+        block_size=order.block_size,
+        seq_lengths=order.seq_lengths,
+        causal=order.causal,
+        window=order.window,
+        assumes=order.assumes,
+    )
+
+
 def _from_lists(
     cls,
     counts: Tensor,
     indices: Tensor,
-    block_size: tuple[int, int],
-    seq_lengths: tuple[int, int],
-    causal: bool,
-    window: tuple[int, int],
-    where: tuple[Tensor | None, ...] = (None, None, None, None),
-    *,
+    order: _lists.Order,
     masked: Tensor | None = None,
     token_mask: _lists.TokenMask | None = None,
 ) -> BlockPattern:
-    """A pattern of one list per row, sorted by causality and window into full, partial and dropped.
-
-    Slots where `masked [..., K]` is true get bits from `token_mask`. `where`: query_positions, key_positions,
-    cu_seqlens_q, cu_seqlens_k.
-    """
-    if seq_lengths is None:
-        raise ValueError("seq_lengths: found None, supported is (Sq, Sk): the lists do not say how many keys there are")
-    seq_lengths, window = pair(seq_lengths, "seq_lengths"), pair(window, "window")
-    positioned = where[0] is not None or where[1] is not None
-    packed = where[2] is not None
-    if packed != (where[3] is not None):
-        raise ValueError("cu_seqlens_q, cu_seqlens_k: found only one, supported are both or none")
-    _check_grid(indices.shape[-2:-1], block_size, seq_lengths, "indices", packed)
-    full_lists, assumes = (None, None), "any"
-    # In a packed batch with positions every block stays partial: the keys of a block number differ from row to row.
-    if (causal or window != (-1, -1)) and not (packed and positioned):
-        if packed:
-            assumes, ranges = "packed", _lists.packed_ranges(indices, block_size, *where[2:])
-        else:
-            assumes = "positions" if positioned else "bottom_right"
-            ranges = _lists.position_ranges(indices, block_size, seq_lengths, *where[:2])
-        inside, outside = _lists.mask_of_ranges(*ranges, causal, window)
+    """A pattern of one list per row. Slots where `masked [..., K]` is true get bits from `token_mask`."""
+    block_size, seq_lengths = order.block_size, order.seq_lengths
+    _check_grid(indices.shape[-2:-1], block_size, seq_lengths, "indices", order.packed)
+    full = (None, None)
+    if order.assumes != "any":
         key_blocks = -(-seq_lengths[1] // block_size[1])
-        partial, full_lists = _lists.sort_by_position(counts, indices, masked, key_blocks, inside, outside)
+        partial, full = _lists.sort_by_position(counts, indices, masked, key_blocks, *order.inside_outside(indices))
         counts, indices, masked = partial
-        if masked is None and not positioned:
-            indices = indices[..., : _lists.cut_blocks(block_size, causal, window)].contiguous()
+        if masked is None:
+            indices = indices[..., : order.most_cut]
     bits = (None, None)
     if token_mask is not None:
         bits = _lists.bits_of_slots(counts, indices, masked, block_size, seq_lengths, token_mask)
-    return cls(
-        counts.contiguous(),
-        indices.contiguous(),
-        *full_lists,
-        *bits,
-        block_size=block_size,
-        seq_lengths=seq_lengths,
-        causal=causal,
-        window=window,
-        assumes=assumes,
-    )
+    return _pattern(cls, order, (counts, indices), full, bits)
 
 
 # ---- FlexAttention's BlockMask
@@ -547,13 +532,6 @@ def capturing(tensor: Tensor) -> bool:
 
 
 # ---- checks
-
-
-def pair(value, name: str) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2:
-        raise ValueError(f"{name}: found {value!r}, supported are two integers")
-    return pair
 
 
 def _check_grid(blocks, block_size, seq_lengths, name: str, packed: bool) -> None:
