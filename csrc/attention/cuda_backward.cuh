@@ -29,6 +29,7 @@ struct BackwardPlan {
   float* row_sink = nullptr;   // [batch, heads_q, padded_rows] contribution to dsink
   float* query_sum =
       nullptr;  // dQ / scale in fp32, in the order of dq_index(); null: the query-stationary pass makes dQ
+  const int32_t* order = nullptr;  // [batch, heads_kv, k_blocks] key blocks, longest list first; null: as they come
   int64_t slots_per_row = 0;
   int64_t slots_per_head = 0;
   float inverse_softcap = 0.f;

@@ -1,8 +1,8 @@
 // Attention backward, key-stationary: dK, dV, and dQ by fp32 atomics. Formulas: cuda_backward.cuh.
 //
-// One CTA per (batch, key head, key tile). K and V stay in shared memory and dK, dV in registers while the CTA walks
-// the transposed slots of its key block, for each query head of its group; Q and dO stream in by cp.async, two buffers
-// each. Per pair of tiles five products:
+// One CTA per (batch, key head, key tile), longest list first. K and V stay in shared memory and dK, dV in registers
+// while the CTA walks the transposed slots of its key block, for each query head of its group; Q and dO stream in by
+// cp.async, two buffers each. Per pair of tiles five products:
 //   S = Q K^T   dP = dO V^T   dV += P^T dO   dQ += dX K   dK += dX^T Q
 // P and dX pass through shared memory, since every warp needs columns that others made. Two barriers per pair:
 //   1  Q and dO have arrived; the next ones start into the other buffers; S, P, dP, dX
@@ -104,7 +104,14 @@ __global__ void __launch_bounds__(Tiles::THREADS, Tiles::CTAS)
   const AttentionBackward& a = plan.a;
   const KeysSharedMemory<Tiles> at(plan.stages, a.grad_key_bias != nullptr);
   const uint32_t base = shared_address(shared);
-  const int batch = blockIdx.z, head_kv = blockIdx.y, k_row = blockIdx.x * TILE_K;
+  // Batch and head come from the grid and not from the order: what blockIdx gives stays in uniform registers, what
+  // memory gives takes one of the 255 of each thread (1.5 % at dim 128).
+  const int batch = blockIdx.z, head_kv = blockIdx.y, tiles = a.lists.block_k / TILE_K;
+  int k_block = int(blockIdx.x / unsigned(tiles));
+  if (plan.order)
+    k_block = plan.order[(int64_t(batch) * gridDim.y + head_kv) * (gridDim.x / unsigned(tiles)) + k_block];
+  const int k_row = k_block * a.lists.block_k + int(blockIdx.x % unsigned(tiles)) * TILE_K;
+  if (k_row >= a.len_k) return;
   const int warp = threadIdx.x / kWarpSize;
   const int score_row = warp / Tiles::SCORE_K * (Tiles::SCORE_MT * 16);
   const int score_column = warp % Tiles::SCORE_K * (Tiles::SCORE_NT * 8);
@@ -154,7 +161,7 @@ __global__ void __launch_bounds__(Tiles::THREADS, Tiles::CTAS)
     __syncthreads();
   };
 
-  PairWalk<Tiles> walk(plan, batch, head_kv, k_row / a.lists.block_k, k_row);
+  PairWalk<Tiles> walk(plan, batch, head_kv, k_block, k_row);
   bool more = walk.next();
   if (more) start_pair(walk.pair, 0);
   copy_tile<Tiles, TILE_K>(base + at.k,

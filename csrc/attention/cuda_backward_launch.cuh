@@ -16,7 +16,7 @@ constexpr int kPadRows = 64;
 /// Head-dim class of a problem: the larger of both dims, rounded up.
 constexpr int backward_dim(DType dtype, int head_dim, int value_dim) {
   const int dim = head_dim > value_dim ? head_dim : value_dim;
-  if (dtype == DType::f32) return dim <= 128 ? 128 : 256;
+  if (dtype == DType::f32) return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
   return dim <= 64 ? 64 : dim <= 96 ? 96 : dim <= 128 ? 128 : 256;
 }
 
@@ -34,7 +34,8 @@ Status launch_tiles(BackwardPlan plan, const SharedMemory& available, cudaStream
   const bool bias = a.grad_key_bias != nullptr;
   const auto tiles = [](int64_t length, int tile) { return unsigned((length + tile - 1) / tile); };
   const dim3 query_grid(tiles(a.len_q, Tiles::TILE_Q), unsigned(a.heads_q), unsigned(a.batch));
-  const dim3 key_grid(tiles(a.len_k, Tiles::TILE_K), unsigned(a.heads_kv), unsigned(a.batch));
+  const dim3 key_grid(unsigned(a.k_blocks() * (a.lists.block_k / Tiles::TILE_K)), unsigned(a.heads_kv),
+                      unsigned(a.batch));
 
   if (key_grid.x > 0) {
     // Two buffers hide the loads inside a CTA, a second CTA hides them too and the barriers as well: where only one of
@@ -76,6 +77,7 @@ using Backward128 = BackwardTiles<Element, 128, 64, 64, 4, 2, 2, 2>;
 template <class Element>
 using Backward256 = BackwardTiles<Element, 256, 64, 64, 8, 4, 2, 1>;
 /// fp32: 32 x 32 tiles, so that dim 256 fits.
+using Backward64Float = BackwardTiles<float, 64, 32, 32, 4, 2, 2, 3>;
 using Backward128Float = BackwardTiles<float, 128, 32, 32, 4, 2, 2, 2>;
 using Backward256Float = BackwardTiles<float, 256, 32, 32, 4, 2, 2, 1>;
 
@@ -86,8 +88,11 @@ Status launch_backward(BackwardPlan plan, cudaStream_t stream) {
   if (!status.ok()) return status;
   const int dim = backward_dim(plan.a.dtype, plan.a.head_dim, plan.a.value_dim);
   if constexpr (sizeof(Element) == 4) {
-    return dim <= 128 ? launch_tiles<Backward128Float>(plan, available, stream)
-                      : launch_tiles<Backward256Float>(plan, available, stream);
+    switch (dim) {
+      case 64: return launch_tiles<Backward64Float>(plan, available, stream);
+      case 128: return launch_tiles<Backward128Float>(plan, available, stream);
+      default: return launch_tiles<Backward256Float>(plan, available, stream);
+    }
   } else {
     switch (dim) {
       case 64: return launch_tiles<Backward64<Element>>(plan, available, stream);

@@ -9,6 +9,7 @@
 
 #include "attention/cuda_backward_launch.cuh"
 #include "attention/cuda_implementations.h"
+#include "attention/cuda_schedule.h"
 
 namespace sparsekit::cuda {
 
@@ -80,6 +81,12 @@ __global__ void __launch_bounds__(kSumThreads) sum_sinks(const __grid_constant__
   plan.a.grad_sinks[blockIdx.x] = sum;
 }
 
+/// Entries of the order of key blocks; none where all CTAs run at once anyway.
+int64_t ordered_blocks(const AttentionProblem& problem, const CudaContext& context) {
+  const int64_t blocks = problem.batch * problem.heads_kv * problem.k_blocks();
+  return blocks * (problem.lists.block_k / 64) > 2 * int64_t(context.multiprocessors) ? blocks : 0;
+}
+
 int64_t padded_rows(const AttentionProblem& problem) { return (problem.len_q + kPadRows - 1) / kPadRows * kPadRows; }
 
 template <class Element>
@@ -100,10 +107,10 @@ Status run(const BackwardPlan& plan, cudaStream_t stream) {
 
 namespace sparsekit {
 
-size_t attention_backward_workspace_sm80(const AttentionProblem& problem, const CudaContext&) {
+size_t attention_backward_workspace_sm80(const AttentionProblem& problem, const CudaContext& context) {
   const int64_t rows = problem.batch * problem.heads_q * cuda::padded_rows(problem);
   const int64_t dim = cuda::backward_dim(problem.dtype, problem.head_dim, problem.value_dim);
-  return size_t(rows) * (3 + dim) * sizeof(float);
+  return size_t(rows * (3 + dim) + cuda::ordered_blocks(problem, context)) * sizeof(float);
 }
 
 Status attention_backward_sm80(const AttentionBackward& arguments, const CudaContext& context) {
@@ -116,6 +123,9 @@ Status attention_backward_sm80(const AttentionBackward& arguments, const CudaCon
   if (a.batch > 65535 || a.heads_q > 65535)
     return error(Status::Kind::unsupported, "attention backward: batch %lld, heads_q %lld; CUDA takes 65535 of each",
                  (long long)a.batch, (long long)a.heads_q);
+  if (a.batch * a.heads_kv * a.k_blocks() * (a.lists.block_k / 32) > INT32_MAX)
+    return error(Status::Kind::unsupported, "attention backward: %lld key blocks over batch and heads are too many",
+                 (long long)(a.batch * a.heads_kv * a.k_blocks()));
   const size_t needed = attention_backward_workspace_sm80(a, context);
   if (context.workspace_bytes < needed)
     return error(Status::Kind::failed, "attention backward: workspace has %zu bytes, needs %zu",
@@ -131,6 +141,12 @@ Status attention_backward_sm80(const AttentionBackward& arguments, const CudaCon
   plan.row_lse = floats;
   plan.row_delta = floats + rows;
   if (a.grad_sinks) plan.row_sink = floats + 2 * rows;
+  if (ordered_blocks(a, context) > 0) {
+    auto* order = reinterpret_cast<int32_t*>(floats + 3 * rows);
+    Status status = schedule_keys_longest_first(a, a.transpose.offsets, order, context.stream);
+    if (!status.ok()) return status;
+    plan.order = order;
+  }
   plan.slots_per_row = a.lists.slots_per_row();
   plan.slots_per_head = a.lists.q_blocks * plan.slots_per_row;
   plan.inverse_softcap = a.softcap > 0.f ? 1.f / a.softcap : 0.f;

@@ -1,4 +1,5 @@
-// Longest list first: a stable counting sort of the list rows by length, one CTA per group of heads.
+// Longest list first: a stable counting sort of the list rows (forward) or the key blocks (backward) by length, one CTA
+// per group of heads.
 //
 // The GPU hands out CTAs in order as others finish, so long rows at the end leave most multiprocessors idle (a causal
 // pattern's last rows are twice the mean). Sorting everything by length would make all heads run side by side, and
@@ -16,17 +17,44 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kBuckets = 32;  // of list lengths: rows within 3 % of the longest count as equal
 
-__device__ int list_length(const AttentionProblem& p, int item) {
-  const int m = item % int(p.lists.q_blocks), bh = item / int(p.lists.q_blocks);
-  const int64_t row = list_row(p, bh / int(p.heads_q), bh % int(p.heads_q), m);
-  return list_count(p.lists.partial, row) + list_count(p.lists.full, row);
-}
+/// Blocks that a list row names. Items are (batch, query head, query block).
+struct RowLength {
+  AttentionProblem p;
+
+  __device__ int entry(int item) const { return item; }  // what the order says
+  __device__ int operator()(int item) const {
+    const int m = item % int(p.lists.q_blocks), bh = item / int(p.lists.q_blocks);
+    const int64_t row = list_row(p, bh / int(p.heads_q), bh % int(p.heads_q), m);
+    return list_count(p.lists.partial, row) + list_count(p.lists.full, row);
+  }
+};
+
+/// Query blocks of all heads of a group that name a key block. Items are (batch, key head, key block).
+struct KeyBlockLength {
+  AttentionProblem p;
+  const int32_t* offsets;  // of BlockTranspose
+  int k_blocks;
+
+  __device__ int entry(int item) const { return item % k_blocks; }
+  __device__ int operator()(int item) const {
+    const int n = item % k_blocks, bh = item / k_blocks, heads = int(p.heads_q) / int(p.heads_kv);
+    const int b = bh / int(p.heads_kv), first_head = bh % int(p.heads_kv) * heads;
+    int length = 0;
+    for (int h = first_head; h < first_head + heads; ++h) {
+      const int64_t list = list_row(p, b, h, 0) / max(int64_t(1), p.lists.q_blocks);
+      const int32_t* at = offsets + list * (k_blocks + 1) + n;
+      length += max(0, at[1] - at[0]);
+    }
+    return length;
+  }
+};
 
 /// places[bucket][thread] is kept in this order; the gaps let threads add up 32 neighbours each without bank conflicts.
 __device__ int place(int i) { return i + i / kWarpSize; }
 
+template <class Length>
 __global__ void __launch_bounds__(kThreads)
-    longest_first(const __grid_constant__ AttentionProblem p, int items, int items_per_group, int32_t* order) {
+    longest_first(const __grid_constant__ Length length, int items, int items_per_group, int32_t* order) {
   // places[bucket][thread]: how many of the thread's items fall into the bucket, then where the next of them goes.
   __shared__ int places[kBuckets * kThreads + kBuckets * kThreads / kWarpSize];
   __shared__ int longest, warp_sums[kThreads / kWarpSize];
@@ -39,12 +67,12 @@ __global__ void __launch_bounds__(kThreads)
   for (int bucket = 0; bucket < kBuckets; ++bucket) places[place(bucket * kThreads + thread)] = 0;
   __syncthreads();
   int mine = 0;
-  for (int item = first; item < last; ++item) mine = max(mine, list_length(p, item));
+  for (int item = first; item < last; ++item) mine = max(mine, length(item));
   atomicMax(&longest, mine);
   __syncthreads();
   const float scale = (kBuckets - 1.f) / longest;
   auto place_of = [&](int item) -> int& {  // in bucket 0 the longest
-    const int bucket = kBuckets - 1 - min(int(list_length(p, item) * scale), kBuckets - 1);
+    const int bucket = kBuckets - 1 - min(int(length(item) * scale), kBuckets - 1);
     return places[place(bucket * kThreads + thread)];
   };
   for (int item = first; item < last; ++item) ++place_of(item);
@@ -69,7 +97,7 @@ __global__ void __launch_bounds__(kThreads)
     before += count;
   }
   __syncthreads();
-  for (int item = first; item < last; ++item) order[group + place_of(item)++] = item;
+  for (int item = first; item < last; ++item) order[group + place_of(item)++] = length.entry(item);
 }
 
 }  // namespace
@@ -85,8 +113,15 @@ Status schedule_longest_first(const AttentionProblem& p, int32_t* order, void* s
   const int64_t group = kv_heads * (p.heads_q / p.heads_kv) * p.lists.q_blocks,
                 items_per_group = group < items ? group : items;
   longest_first<<<unsigned((items + items_per_group - 1) / items_per_group), kThreads, 0,
-                  static_cast<cudaStream_t>(stream)>>>(p, int(items), int(items_per_group), order);
+                  static_cast<cudaStream_t>(stream)>>>(RowLength{p}, int(items), int(items_per_group), order);
   return status_of(cudaGetLastError(), "launching the ordering of the block lists");
+}
+
+Status schedule_keys_longest_first(const AttentionProblem& p, const int32_t* offsets, int32_t* order, void* stream) {
+  const int k_blocks = int(p.k_blocks()), heads = int(p.batch * p.heads_kv);  // int32, as above
+  longest_first<<<unsigned(heads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      KeyBlockLength{p, offsets, k_blocks}, heads * k_blocks, k_blocks, order);
+  return status_of(cudaGetLastError(), "launching the ordering of the key blocks");
 }
 
 }  // namespace sparsekit::cuda

@@ -12,4 +12,9 @@ namespace sparsekit::cuda {
 /// batch * heads_q * q_blocks entries.
 Status schedule_longest_first(const AttentionProblem& problem, int32_t* order, void* stream);
 
+/// The same for backward, which walks key blocks: order[(b * heads_kv + h) * k_blocks + i] is the i-th key block that
+/// the CTAs of (b, h) should take, the most often listed first. `offsets` is BlockTranspose::offsets.
+Status schedule_keys_longest_first(const AttentionProblem& problem, const int32_t* offsets, int32_t* order,
+                                   void* stream);
+
 }  // namespace sparsekit::cuda
