@@ -2,14 +2,14 @@
 //
 //   S^T = K Q^T;  m, l, P^T = softmax down the columns of S^T;  O^T = O^T * 2^(m_old - m) + V^T P^T
 //
-// Work is cut by shape alone (so results do not depend on threads): an item is up to 256 queries of one head, taken in tiles of
-// up to 4 vectors. An item walks the union of its query blocks' lists in ascending order, a group of blocks at a time: every tile
-// that lists a block of the group uses it from L2, while the next group is prefetched. V is wanted in panels, and K of 16-bit
-// inputs without a product of their own in fp32: packed once for all where blocks are listed often, else per group. Items are
-// handed out longest first.
+// Work is cut by shape alone (so results do not depend on threads): an item is up to 256 queries of one head, taken in
+// tiles of up to 4 vectors. An item walks the union of its query blocks' lists in ascending order, a group of blocks at
+// a time: every tile that lists a block of the group uses it from L2, while the next group is prefetched. V is wanted
+// in panels, and K of 16-bit inputs without a product of their own in fp32: packed once for all where blocks are listed
+// often, else per group. Items are handed out longest first.
 //
-// Bound: multiply-adds (see cpu_forward_kernels.h). Online softmax: Milakov and Gimelshein 2018; tiling: FlashAttention-2,
-// section 3, transposed so that no reduction crosses lanes.
+// Bound: multiply-adds (see cpu_forward_kernels.h). Online softmax: Milakov and Gimelshein 2018; tiling:
+// FlashAttention-2, section 3, transposed so that no reduction crosses lanes.
 #pragma once
 
 #include "attention/cpu_forward_kernels.h"
@@ -17,24 +17,25 @@
 namespace sparsekit {
 namespace {
 
-constexpr int item_queries = 256;    // queries that share what is read of K and V
+constexpr int item_queries = 256;  // queries that share what is read of K and V
 constexpr int most_tiles = item_queries / 16 + item_queries / Simd::lanes;
-constexpr int group_limit = 1024;    // keys of a group, at most
+constexpr int group_limit = 1024;  // keys of a group, at most
 constexpr int group_entries = group_limit / 16 * (item_queries / 16);
 constexpr int64_t group_bytes = 512 << 10;  // half of a 1 MB L2: the rest holds queries, scores and outputs
 
-/// Queries first ... first + count of a sequence and head: whole query blocks, or a part of one.
+/// Queries first ... first + count of a sequence: whole query blocks, or a part of one; of `heads` heads from `head` on
+/// that share their keys and their lists.
 struct ForwardItem {
   int64_t batch, head, sequence, first;
-  int32_t count;
+  int32_t count, heads;
 };
 
 /// One block of the union, for one query block of the item.
 struct ForwardEntry {
   int32_t block;
-  int32_t bits;     // bits_index, -1 for none
-  int32_t row;      // which query block of the item
-  bool masked;      // of the partial list
+  int32_t bits;  // bits_index, -1 for none
+  int32_t row;   // which query block of the item
+  bool masked;   // of the partial list
 };
 
 struct ForwardCall {
@@ -47,8 +48,8 @@ struct ForwardCall {
   int64_t most_entries;  // of one item
   int64_t next;          // the work counter
   int64_t out_of_memory;
-  // Keys and values of all heads packed beforehand, or null: [batch][heads_kv][packed_rows], where each sequence begins at
-  // packed_row[sequence], padded to multiples of 16 rows.
+  // Keys and values of all heads packed beforehand, or null: [batch][heads_kv][packed_rows], where each sequence begins
+  // at packed_row[sequence], padded to multiples of 16 rows.
   char* packed_keys;
   char* packed_values;
   const int64_t* packed_row;
@@ -65,13 +66,16 @@ struct KeyValueLayout {
     return Rows<Product, dtype>::keys_in_place && p.head_dim % Product::pair == 0;
   }
   static void pack_keys(const AttentionProblem& p, int64_t b, int64_t kv_head, const KeySegment& s, Element* to) {
-    pack_rows<Product, dtype>(row_of<dtype>(p.key, b, kv_head, s.key), p.key.row * size_of(dtype), s.count, p.head_dim, to);
+    pack_rows<Product, dtype>(row_of<dtype>(p.key, b, kv_head, s.key), p.key.row * size_of(dtype), s.count, p.head_dim,
+                              to);
   }
   static void pack_values(const AttentionProblem& p, int64_t b, int64_t kv_head, const KeySegment& s, Element* to) {
-    pack_panels<Product, dtype>(row_of<dtype>(p.value, b, kv_head, s.key), p.value.row * size_of(dtype), s.count, s.padded,
-                                p.value_dim, to);
+    pack_panels<Product, dtype>(row_of<dtype>(p.value, b, kv_head, s.key), p.value.row * size_of(dtype), s.count,
+                                s.padded, p.value_dim, to);
   }
-  static int64_t key_bytes(const AttentionProblem& p) { return ceil_div(p.head_dim, Product::pair) * int64_t(sizeof(Element)); }
+  static int64_t key_bytes(const AttentionProblem& p) {
+    return ceil_div(p.head_dim, Product::pair) * int64_t(sizeof(Element));
+  }
   static int64_t value_bytes(const AttentionProblem& p) {
     return round_up(p.value_dim, panel) * int64_t(sizeof(Element)) / Product::pair;
   }
@@ -94,9 +98,11 @@ static void pack_blocks(int64_t first, int64_t last, void* context) {
       int64_t row = head * call.packed_rows + call.packed_row[s] + keys.key - sequence.k_begin;
       using Element = typename Product::Element;
       if (call.packed_keys) {
-        Layout::pack_keys(p, b, kv_head, keys, reinterpret_cast<Element*>(call.packed_keys + row * Layout::key_bytes(p)));
+        Layout::pack_keys(p, b, kv_head, keys,
+                          reinterpret_cast<Element*>(call.packed_keys + row * Layout::key_bytes(p)));
       }
-      Layout::pack_values(p, b, kv_head, keys, reinterpret_cast<Element*>(call.packed_values + row * Layout::value_bytes(p)));
+      Layout::pack_values(p, b, kv_head, keys,
+                          reinterpret_cast<Element*>(call.packed_values + row * Layout::value_bytes(p)));
     }
   }
 }
@@ -115,7 +121,8 @@ class ForwardWorker {
     element_size_ = size_of(dtype);
     keys_in_place_ = Layout::keys_in_place(p_);
     // Blocks smaller than a segment are gathered until tiles that list few of them have enough keys for a softmax.
-    int64_t fitting = clamp(group_bytes / (steps_ * Product::pair + value_dim_) / (4 / Product::pair), segment_keys, group_limit);
+    int64_t fitting =
+        clamp(group_bytes / (steps_ * Product::pair + value_dim_) / (4 / Product::pair), segment_keys, group_limit);
     group_keys_ = lists.block_k >= segment_keys ? segment_keys : fitting;
     transform_.needed = p_.softcap > 0 || p_.key_bias || !(p_.scale > 0);
     transform_.scale = p_.scale;
@@ -166,21 +173,23 @@ class ForwardWorker {
     int64_t block_q = p_.lists.block_q, end = item_.first + item_.count;
     for (int64_t query = item_.first; query < end;) {
       int64_t block_end = (query / block_q + 1) * block_q;
-      int rows = int(smaller(smaller(block_end, end) - query, tile_lanes));
+      const int queries = int(smaller(smaller(block_end, end) - query, tile_lanes));  // times heads: they fit
       int t = tile_count_++;
-      set_tile(p_, sequence_, item_.batch, sequence_.q_begin + query, rows, &tiles_[t]);
+      set_tile(p_, sequence_, item_.batch, sequence_.q_begin + query, queries, &tiles_[t], item_.heads);
       tile_row_[t] = int32_t(query / block_q - item_.first / block_q);
       tile_lane_[t] = lane;
       int width = tiles_[t].width();
-      pack_lanes<Product, dtype>(row_of<dtype>(p_.query, item_.batch, item_.head, tiles_[t].query), p_.query.row * element_size_,
-                                 rows, width, p_.head_dim, at<Element>(queries_) + lane * steps_);
+      auto row_at = [&](int i) {
+        return row_of<dtype>(p_.query, item_.batch, item_.head + i / queries, tiles_[t].query + i % queries);
+      };
+      pack_lanes<Product, dtype>(row_at, tiles_[t].rows, width, p_.head_dim, at<Element>(queries_) + lane * steps_);
       for (int i = 0; i < width; ++i) {
         at<float>(maximum_)[lane + i] = -__builtin_inff();
         at<float>(sum_)[lane + i] = 0;
       }
       memset(at<float>(outputs_) + lane * value_dim_, 0, size_t(width * value_dim_) * sizeof(float));
       lane += width;
-      query += rows;
+      query += queries;
     }
   }
 
@@ -306,12 +315,14 @@ class ForwardWorker {
       int64_t key = int64_t(block) * p_.lists.block_k + part * segment_keys;
       int64_t rows = smaller(smaller(p_.lists.block_k, segment_keys), sequence_.len_k() - key);
       if (rows <= 0) continue;
-      prefetch_.blocks[prefetch_.count++] = {key_row(sequence_.k_begin + key), value_row(sequence_.k_begin + key), int(rows)};
+      prefetch_.blocks[prefetch_.count++] = {key_row(sequence_.k_begin + key), value_row(sequence_.k_begin + key),
+                                             int(rows)};
     }
     bool raw_keys = keys_in_place_ || !call_.packed_keys, raw_values = !call_.packed_values;
     prefetch_.key_stride = raw_keys ? p_.key.row * element_size_ : key_stride();
     prefetch_.key_bytes = raw_keys ? p_.head_dim * element_size_ : key_stride();
-    prefetch_.value_bytes = raw_values ? p_.value_dim * element_size_ : value_dim_ * int64_t(sizeof(Element)) / Product::pair;
+    prefetch_.value_bytes =
+        raw_values ? p_.value_dim * element_size_ : value_dim_ * int64_t(sizeof(Element)) / Product::pair;
     prefetch_.value_stride = raw_values ? p_.value.row * element_size_ : prefetch_.value_bytes;
   }
 
@@ -374,18 +385,20 @@ class ForwardWorker {
     const float* maximum = at<float>(maximum_) + tile_lane_[t];
     const float* sum = at<float>(sum_) + tile_lane_[t];
     const float* outputs = at<float>(outputs_) + tile_lane_[t] * value_dim_;
-    float* lse = p_.lse + (item_.batch * p_.heads_q + item_.head) * p_.len_q + tile.query;
     alignas(64) float factor[tile_lanes] = {};
+    char* out[tile_lanes];
     for (int i = 0; i < tile.rows; ++i) {
+      const int64_t head = item_.head + i / tile.queries, query = tile.query + i % tile.queries;
       bool empty = sum[i] == 0;
       float total = sum[i];
-      if (p_.sinks) total += __builtin_exp2f(p_.sinks[item_.head] * log2_e - maximum[i]);
+      if (p_.sinks) total += __builtin_exp2f(p_.sinks[head] * log2_e - maximum[i]);
       factor[i] = empty ? 0 : 1 / total;
-      lse[i] = empty ? -__builtin_inff() : maximum[i] * ln_2 + __builtin_logf(sum[i]);
-      if (maximum[i] == -__FLT_MAX__) lse[i] = maximum[i];  // a bias that load_segment kept finite
+      float lse = empty ? -__builtin_inff() : maximum[i] * ln_2 + __builtin_logf(sum[i]);
+      if (maximum[i] == -__FLT_MAX__) lse = maximum[i];  // a bias that load_segment kept finite
+      p_.lse[(item_.batch * p_.heads_q + head) * p_.len_q + query] = lse;
+      out[i] = static_cast<char*>(p_.out.data) +
+               (item_.batch * p_.out.batch + head * p_.out.head + query * p_.out.row) * element_size_;
     }
-    char* out = static_cast<char*>(p_.out.data) +
-                (item_.batch * p_.out.batch + item_.head * p_.out.head + tile.query * p_.out.row) * element_size_;
     for (int j = 0; j < width; j += lanes) {
       const Simd::Float factors = Simd::load(factor + j);
       const Simd::Mask empty = Simd::equal(factors, Simd::zero());
@@ -401,7 +414,7 @@ class ForwardWorker {
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) {
           if (j + i < tile.rows) {
-            store_row<dtype>(out + (j + i) * p_.out.row * element_size_, d, count, Simd::as_float(block[i]));
+            store_row<dtype>(out[j + i], d, count, Simd::as_float(block[i]));
           }
         }
       }
@@ -422,8 +435,8 @@ class ForwardWorker {
   int64_t kv_head_ = 0;
   int tile_count_ = 0;
   QueryTile tiles_[most_tiles];
-  int32_t tile_row_[most_tiles];    // which query block of the item
-  int64_t tile_lane_[most_tiles];   // first lane, where its part of the scratch arrays begins
+  int32_t tile_row_[most_tiles];   // which query block of the item
+  int64_t tile_lane_[most_tiles];  // first lane, where its part of the scratch arrays begins
   int64_t entry_count_ = 0;
 
   struct GroupEntry {
@@ -458,21 +471,35 @@ static void forward_worker(int64_t first, int64_t last, void* context) {
   }
 }
 
+/// How many query heads of a group one tile takes together, so that decoding reads each key once for all of them: where
+/// they share lists and bias, and a query block has few rows.
+static int shared_heads(const AttentionForward& p, const Sequence* sequences, int64_t sequence_count) {
+  if (p.lists.list_heads > p.heads_kv || p.key_bias_head != 0) return 1;
+  int64_t rows = 1, group = p.heads_q / p.heads_kv;
+  for (int64_t s = 0; s < sequence_count; ++s) rows = larger(rows, smaller(sequences[s].len_q(), p.lists.block_q));
+  int64_t heads = smaller(group, larger(1, tile_lanes / rows));
+  while (group % heads != 0) --heads;
+  return int(heads);
+}
+
 /// Cuts a problem into items; returns how many, and writes them where `items` is not null.
 static int64_t cut_forward(const AttentionForward& p, const Sequence* sequences, int64_t sequence_count,
                            ForwardItem* items) {
+  const int heads = shared_heads(p, sequences, sequence_count);
   int64_t block_q = p.lists.block_q, size = item_queries;
   // Fewer queries per item where there would be too few items to share out: by shape, so that results never change.
   while (size > 64 && p.batch * p.heads_q * p.len_q < 64 * size) size /= 2;
+  size /= heads;
   size = block_q >= size ? block_q : size / block_q * block_q;
   int64_t count = 0;
   for (int64_t b = 0; b < p.batch; ++b)
-    for (int64_t h = 0; h < p.heads_q; ++h)
+    for (int64_t h = 0; h < p.heads_q; h += heads)
       for (int64_t s = 0; s < sequence_count; ++s)
         for (int64_t first = 0; first < sequences[s].len_q(); first += size)
-          for (int64_t part = first; part < smaller(first + size, sequences[s].len_q()); part += item_queries, ++count) {
-            int64_t end = smaller(smaller(part + item_queries, first + size), sequences[s].len_q());
-            if (items) items[count] = {b, h, s, part, int32_t(end - part)};
+          for (int64_t part = first; part < smaller(first + size, sequences[s].len_q()); part += item_queries / heads) {
+            int64_t end = smaller(smaller(part + item_queries / heads, first + size), sequences[s].len_q());
+            if (items) items[count] = {b, h, s, part, int32_t(end - part), heads};
+            ++count;
           }
   return count;
 }
@@ -502,7 +529,8 @@ static void run_items(ForwardCall* call, int64_t entries, const ParallelFor& par
   const AttentionForward& p = *call->p;
   Arena packed;
   // Packing costs about a fortieth of using a block for one tile: it pays where blocks are listed several times.
-  if (entries >= 4 * p.batch * p.heads_kv * call->k_blocks && entries > 0) pack_all<Product, dtype>(call, &packed, parallel);
+  if (entries >= 4 * p.batch * p.heads_kv * call->k_blocks && entries > 0)
+    pack_all<Product, dtype>(call, &packed, parallel);
   int64_t threads = smaller(larger(1, parallel.threads), call->item_count);
   if (parallel.run && threads > 1) {
     parallel.run(0, threads, 1, forward_worker<Product, dtype>, call);
@@ -515,7 +543,8 @@ static void run_items(ForwardCall* call, int64_t entries, const ParallelFor& par
 static Status run_forward(const AttentionForward& p, const ParallelFor& parallel) {
   if (p.batch * p.heads_q * p.len_q == 0) return {};
   const Status no_memory = error(Status::Kind::failed, "attention forward: out of memory");
-  const int64_t most_sequences = p.packed() ? p.sequences + 1 : 1;  // one more: rows behind the last sequence see no key
+  const int64_t most_sequences =
+      p.packed() ? p.sequences + 1 : 1;  // one more: rows behind the last sequence see no key
   Arena arena;
   int64_t sequences_at = arena.reserve(most_sequences * int64_t(sizeof(Sequence)));
   int64_t packed_row_at = arena.reserve(most_sequences * int64_t(sizeof(int64_t)));

@@ -1,10 +1,11 @@
 // The loops that take the time in the CPU forward: S^T = K Q^T, softmax down the columns, O^T += V^T P^T.
 //
-// Lanes are queries. A register tile of `keys` x `registers` scores multiplies vectors of packed queries with elements of
-// key rows, which are broadcast from memory as they stand: K needs no packing, whatever its strides. O^T works the same way on
-// V, whose rows were interleaved in panels of 16 columns, so that one panel is read from front to back.
+// Lanes are queries. A register tile of `keys` x `registers` scores multiplies vectors of packed queries with elements
+// of key rows, which are broadcast from memory as they stand: K needs no packing, whatever its strides. O^T works the
+// same way on V, whose rows were interleaved in panels of 16 columns, so that one panel is read from front to back.
 //
-// Per 16 scores at D = Dv = 128: 256 multiply-adds of fp32 (or 128 of bf16 pairs) against about 15 instructions of softmax.
+// Per 16 scores at D = Dv = 128: 256 multiply-adds of fp32 (or 128 of bf16 pairs) against about 15 instructions of
+// softmax.
 #pragma once
 
 #include "attention/cpu_pack.h"
@@ -15,8 +16,8 @@ namespace {
 
 constexpr float log2_e = 1.44269504088896341f, ln_2 = 0.693147180559945309f;
 
-/// Rows (keys, or columns of V) of a register tile of `n` vectors of queries. Accumulators: 16 of 32 or 8 of 16 registers,
-/// enough to hide 4 to 6 cycles of latency twice per cycle; a power of two, so that it divides 16.
+/// Rows (keys, or columns of V) of a register tile of `n` vectors of queries. Accumulators: 16 of 32 or 8 of 16
+/// registers, enough to hide 4 to 6 cycles of latency twice per cycle; a power of two, so that it divides 16.
 constexpr int tile_rows(int n) { return Simd::registers == 32 ? (n == 1 ? 16 : n == 2 ? 8 : 4) : (n == 1 ? 8 : 4); }
 
 /// Keys and values of the next group, brought into L2 row by row while the present group is used.
@@ -54,20 +55,21 @@ struct Prefetch {
 /// Keys and values of a segment as the kernels read them.
 struct LoadedSegment {
   KeySegment keys;
-  const char* key = nullptr;       // first row of Product::Element, `key_stride` bytes apart
+  const char* key = nullptr;  // first row of Product::Element, `key_stride` bytes apart
   int64_t key_stride = 0;
-  const void* values = nullptr;    // [value_dim / 16][padded / pair][16] Product::Element
-  const float* bias = nullptr;     // [padded] times log2 e, or null
+  const void* values = nullptr;  // [value_dim / 16][padded / pair][16] Product::Element
+  const float* bias = nullptr;   // [padded] times log2 e, or null
 };
 
-/// Rows of keys in a tile of scores. One vector of queries takes two sets of accumulators over 8 rows, for even and odd steps:
-/// 16 row pointers do not fit the registers.
+/// Rows of keys in a tile of scores. One vector of queries takes two sets of accumulators over 8 rows, for even and odd
+/// steps: 16 row pointers do not fit the registers.
 constexpr int tile_keys(int n) { return tile_rows(n) < 8 ? tile_rows(n) : 8; }
 
-/// scores[n][lane] = k_n . q_lane for the keys of a segment; rows past its end repeat the last key. `most` collects the maximum.
+/// scores[n][lane] = k_n . q_lane for the keys of a segment; rows past its end repeat the last key. `most` collects the
+/// maximum.
 template <class Product, int registers>
-static void multiply_keys(const LoadedSegment& segment, const typename Product::Element* queries, int steps, float* scores,
-                          Simd::Float* most, Prefetch* prefetch) {
+static void multiply_keys(const LoadedSegment& segment, const typename Product::Element* queries, int steps,
+                          float* scores, Simd::Float* most, Prefetch* prefetch) {
   using Element = typename Product::Element;
   constexpr int keys = tile_keys(registers), width = registers * Simd::lanes;
   constexpr int sets = registers == 1 && Simd::registers == 32 ? 2 : 1;
@@ -105,7 +107,8 @@ static void multiply_keys(const LoadedSegment& segment, const typename Product::
     }
     if (sets == 2 && d < steps) {
 #pragma GCC unroll 16
-      for (int i = 0; i < keys; ++i) sum[0][i][0] = Product::madd(Product::broadcast(row[i] + d), Product::load(query), sum[0][i][0]);
+      for (int i = 0; i < keys; ++i)
+        sum[0][i][0] = Product::madd(Product::broadcast(row[i] + d), Product::load(query), sum[0][i][0]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < keys; ++i)
@@ -128,11 +131,12 @@ struct ScoreTransform {
 
 /// Transforms and masks the scores of one segment in place; `most` collects the maximum of what is seen.
 template <int registers>
-static void mask_scores(const ScoreTransform& transform, const LoadedSegment& segment, const PairMask& mask, bool masked,
-                        float* scores, Simd::Float* most) {
+static void mask_scores(const ScoreTransform& transform, const LoadedSegment& segment, const PairMask& mask,
+                        bool masked, float* scores, Simd::Float* most) {
   constexpr int width = registers * Simd::lanes;
   const Simd::Float unseen = Simd::set(-__builtin_inff());
-  const Simd::Float scale = Simd::set(transform.softcap > 0 ? transform.scale / transform.softcap : transform.scale * log2_e);
+  const Simd::Float scale =
+      Simd::set(transform.softcap > 0 ? transform.scale / transform.softcap : transform.scale * log2_e);
   const Simd::Float cap = Simd::set(transform.softcap * log2_e);
   for (int j = 0; j < registers; ++j) {
     Simd::Float highest = most[j];

@@ -1,5 +1,5 @@
-// Rows of tensors to what the kernels read: elements of any 16- or 32-bit dtype to fp32, bf16 to pairs, queries to lanes,
-// values to panels. No row is read past its end; what is padded is zero.
+// Rows of tensors to what the kernels read: elements of any 16- or 32-bit dtype to fp32, bf16 to pairs, queries to
+// lanes, values to panels. No row is read past its end; what is padded is zero.
 #pragma once
 
 #include "attention/cpu_tiles.h"
@@ -12,7 +12,8 @@ constexpr int panel = 16;  // columns of V that stand together
 
 template <DType dtype>
 SPARSEKIT_INLINE const char* row_of(const InputView& view, int64_t b, int64_t h, int64_t row) {
-  return static_cast<const char*>(view.data) + (b * view.batch + h * view.head + row * view.row) * (dtype == DType::f32 ? 4 : 2);
+  return static_cast<const char*>(view.data) +
+         (b * view.batch + h * view.head + row * view.row) * (dtype == DType::f32 ? 4 : 2);
 }
 
 /// Up to Simd::lanes elements of a row as fp32.
@@ -79,10 +80,10 @@ struct Rows<Bf16Product, DType::bf16> {
 };
 #endif
 
-/// Queries to lanes: packed[step][lane] = element `step` of row `lane`; lanes from `rows` to `width` are zero.
-template <class Product, DType dtype>
-static void pack_lanes(const char* first, int64_t stride, int rows, int width, int64_t size,
-                       typename Product::Element* packed) {
+/// Queries to lanes: packed[step][lane] = element `step` of the row at row_at(lane); lanes from `rows` to `width` are
+/// zero.
+template <class Product, DType dtype, class RowAt>
+static void pack_lanes(RowAt row_at, int rows, int width, int64_t size, typename Product::Element* packed) {
   constexpr int lanes = Simd::lanes;
   int64_t steps = ceil_div(size, Product::pair);
   for (int j = 0; j < width; j += lanes) {
@@ -90,7 +91,7 @@ static void pack_lanes(const char* first, int64_t stride, int rows, int width, i
       Simd::Int block[lanes];
 #pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i) {
-        block[i] = j + i < rows ? Rows<Product, dtype>::along(first + (j + i) * stride, at, size) : Simd::set_int(0);
+        block[i] = j + i < rows ? Rows<Product, dtype>::along(row_at(j + i), at, size) : Simd::set_int(0);
       }
       Simd::transpose(block);
 #pragma GCC unroll 16
@@ -99,6 +100,13 @@ static void pack_lanes(const char* first, int64_t stride, int rows, int width, i
       }
     }
   }
+}
+
+/// The same for rows that stand `stride` bytes apart.
+template <class Product, DType dtype>
+static void pack_lanes(const char* first, int64_t stride, int rows, int width, int64_t size,
+                       typename Product::Element* packed) {
+  pack_lanes<Product, dtype>([=](int lane) { return first + lane * stride; }, rows, width, size, packed);
 }
 
 /// Rows as they stand, widened to elements: packed[row][step].

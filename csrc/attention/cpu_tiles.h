@@ -1,8 +1,9 @@
-// What forward and backward share on the CPU: query tiles, the keys that a tile sees of a block, and sorted list entries.
+// What forward and backward share on the CPU: query tiles, the keys that a tile sees of a block, and sorted list
+// entries.
 //
-// A tile holds queries in its lanes (Simd::lanes times 1 to 4 of them), all of one query block. Keys come in segments: at
-// most `segment_keys` consecutive keys of one block, starting at a multiple of 32 inside it (bit masks are words of 32
-// keys) and padded to a multiple of 16. Scores stand transposed, [keys][lanes of the tile].
+// A tile holds queries in its lanes (Simd::lanes times 1 to 4 of them), all of one query block. Keys come in segments:
+// at most `segment_keys` consecutive keys of one block, starting at a multiple of 32 inside it (bit masks are words of
+// 32 keys) and padded to a multiple of 16. Scores stand transposed, [keys][lanes of the tile].
 #pragma once
 
 #include <cstdlib>
@@ -14,8 +15,8 @@ namespace sparsekit {
 namespace {
 
 constexpr int segment_keys = 128;
-constexpr int tile_registers = Simd::registers == 32 ? 4 : 2;      // vectors of queries in a tile, at most
-constexpr int tile_lanes = tile_registers * Simd::lanes;           // queries in a tile, at most
+constexpr int tile_registers = Simd::registers == 32 ? 4 : 2;  // vectors of queries in a tile, at most
+constexpr int tile_lanes = tile_registers * Simd::lanes;       // queries in a tile, at most
 
 SPARSEKIT_INLINE int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 SPARSEKIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -50,6 +51,7 @@ SPARSEKIT_INLINE int32_t list_count(const BlockList& list, int64_t row) {
 /// Queries in the lanes, and the key positions `low` to `high` that each sees where causality and window apply.
 struct QueryTile {
   int rows = 0;       // lanes that hold a query; the others hold zeros and their results are dropped
+  int queries = 0;    // of one head: lane i holds query i % queries of head i / queries
   int registers = 0;  // vectors of lanes in use: ceil(rows / Simd::lanes)
   int block_row = 0;  // place of the first query inside its query block
   int64_t query = 0;  // its row in the tensors
@@ -60,16 +62,18 @@ struct QueryTile {
   int width() const { return registers * Simd::lanes; }
 };
 
-static void set_tile(const AttentionProblem& p, const Sequence& sequence, int64_t b, int64_t query, int rows,
-                     QueryTile* tile) {
-  tile->rows = rows;
-  tile->registers = int(ceil_div(rows, Simd::lanes));
+/// `queries` queries from row `query` on, of `heads` heads.
+static void set_tile(const AttentionProblem& p, const Sequence& sequence, int64_t b, int64_t query, int queries,
+                     QueryTile* tile, int heads = 1) {
+  tile->rows = queries * heads;
+  tile->queries = queries;
+  tile->registers = int(ceil_div(tile->rows, Simd::lanes));
   tile->block_row = int((query - sequence.q_begin) % p.lists.block_q);
   tile->query = query;
   tile->least_low = tile->least_high = INT32_MAX;
   tile->most_low = tile->most_high = INT32_MIN;
   for (int i = 0; i < tile->width(); ++i) {
-    int64_t row = query + (i < rows ? i : rows - 1);
+    int64_t row = query + i % queries;
     int64_t at = p.query_positions ? p.query_positions[b * p.query_positions_batch + row]
                                    : row - sequence.q_begin + sequence.len_k() - sequence.len_q();
     int64_t low = INT32_MIN, high = INT32_MAX;
@@ -87,11 +91,11 @@ static void set_tile(const AttentionProblem& p, const Sequence& sequence, int64_
 
 /// Consecutive keys of one block that exist.
 struct KeySegment {
-  int64_t key = 0;        // row of the first in the key tensor
-  int count = 0;          // keys
-  int padded = 0;         // rounded up to a multiple of 16
-  int block_column = 0;   // place of the first inside its block, a multiple of 32
-  int32_t position = 0;   // of the first; the others follow, unless `positions` is given
+  int64_t key = 0;       // row of the first in the key tensor
+  int count = 0;         // keys
+  int padded = 0;        // rounded up to a multiple of 16
+  int block_column = 0;  // place of the first inside its block, a multiple of 32
+  int32_t position = 0;  // of the first; the others follow, unless `positions` is given
   const int32_t* positions = nullptr;
   int32_t least = 0, most = 0;  // position
 
@@ -145,10 +149,10 @@ struct PairMask {
     if (bits_index >= 0) {
       by_bits = true;
       int64_t stride = (p.lists.block_k + 31) / 32;
-      const int32_t* row = p.lists.bits + (int64_t(bits_index) * p.lists.block_q + t.block_row) * stride +
-                           s.block_column / 32;
+      const int32_t* row =
+          p.lists.bits + (int64_t(bits_index) * p.lists.block_q + t.block_row) * stride + s.block_column / 32;
       for (int w = 0; w < (s.count + 31) / 32; ++w) {
-        for (int i = 0; i < t.width(); ++i) words[w][i] = i < t.rows ? uint32_t(row[i * stride + w]) : 0;
+        for (int i = 0; i < t.width(); ++i) words[w][i] = i < t.rows ? uint32_t(row[i % t.queries * stride + w]) : 0;
       }
     }
     return by_position || by_bits ? Visible::some : Visible::all;
@@ -174,7 +178,8 @@ struct Ranked {
   int32_t value;
 };
 
-/// Merge sort of runs that already ascend: lists mostly do, so this is mostly one pass of comparisons. `spare` holds as many.
+/// Merge sort of runs that already ascend: lists mostly do, so this is mostly one pass of comparisons. `spare` holds as
+/// many.
 static void sort(Ranked* items, Ranked* spare, int64_t count) {
   Ranked* from = items;
   Ranked* to = spare;
@@ -190,7 +195,8 @@ static void sort(Ranked* items, Ranked* spare, int64_t count) {
         return;
       }
       int64_t a = first, b = middle;
-      for (int64_t at = first; at < last; ++at) to[at] = a < middle && (b == last || from[a].key <= from[b].key) ? from[a++] : from[b++];
+      for (int64_t at = first; at < last; ++at)
+        to[at] = a < middle && (b == last || from[a].key <= from[b].key) ? from[a++] : from[b++];
       first = last;
     }
     Ranked* other = from;

@@ -78,8 +78,8 @@ struct Simd {
   SPARSEKIT_INLINE Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
   SPARSEKIT_INLINE Float max(Float a, Float b) { return _mm256_max_ps(a, b); }  // b where either is NaN
   SPARSEKIT_INLINE Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
-  SPARSEKIT_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }   // a * b + c
-  SPARSEKIT_INLINE Float fms(Float a, Float b, Float c) { return _mm256_fmsub_ps(a, b, c); }   // a * b - c
+  SPARSEKIT_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }    // a * b + c
+  SPARSEKIT_INLINE Float fms(Float a, Float b, Float c) { return _mm256_fmsub_ps(a, b, c); }    // a * b - c
   SPARSEKIT_INLINE Float fnma(Float a, Float b, Float c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a * b
   SPARSEKIT_INLINE float sum(Float a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

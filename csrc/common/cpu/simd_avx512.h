@@ -27,9 +27,7 @@ struct Simd {
   SPARSEKIT_INLINE void store(float* p, Float a) { _mm512_storeu_ps(p, a); }
   SPARSEKIT_INLINE void store_partial(float* p, Float a, int count) { _mm512_mask_storeu_ps(p, first(count), a); }
   SPARSEKIT_INLINE Int load_int(const void* p) { return _mm512_loadu_si512(p); }
-  SPARSEKIT_INLINE Int load_int_partial(const void* p, int count) {
-    return _mm512_maskz_loadu_epi32(first(count), p);
-  }
+  SPARSEKIT_INLINE Int load_int_partial(const void* p, int count) { return _mm512_maskz_loadu_epi32(first(count), p); }
   SPARSEKIT_INLINE void store_int(void* p, Int a) { _mm512_storeu_si512(p, a); }
 
   // 16-bit elements, widened to fp32 and rounded back (to nearest even).
@@ -51,9 +49,7 @@ struct Simd {
   SPARSEKIT_INLINE void store_bf16_partial(uint16_t* p, Float a, int count) {
     _mm256_mask_storeu_epi16(p, first(count), round_bf16(a));
   }
-  SPARSEKIT_INLINE Float load_f16(const uint16_t* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-  }
+  SPARSEKIT_INLINE Float load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
   SPARSEKIT_INLINE Float load_f16_partial(const uint16_t* p, int count) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p));
   }
@@ -80,8 +76,8 @@ struct Simd {
   SPARSEKIT_INLINE Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
   SPARSEKIT_INLINE Float max(Float a, Float b) { return _mm512_max_ps(a, b); }  // b where either is NaN
   SPARSEKIT_INLINE Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
-  SPARSEKIT_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }   // a * b + c
-  SPARSEKIT_INLINE Float fms(Float a, Float b, Float c) { return _mm512_fmsub_ps(a, b, c); }   // a * b - c
+  SPARSEKIT_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }    // a * b + c
+  SPARSEKIT_INLINE Float fms(Float a, Float b, Float c) { return _mm512_fmsub_ps(a, b, c); }    // a * b - c
   SPARSEKIT_INLINE Float fnma(Float a, Float b, Float c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
   SPARSEKIT_INLINE float sum(Float a) { return _mm512_reduce_add_ps(a); }
   SPARSEKIT_INLINE Float abs(Float a) { return _mm512_abs_ps(a); }

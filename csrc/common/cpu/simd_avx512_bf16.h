@@ -9,8 +9,8 @@
 namespace sparsekit {
 namespace {
 
-/// Products of bf16 pairs, added to fp32 lanes. An Element holds two neighbours of the inner dimension, the first in its
-/// low half. vdpbf16ps flushes denormals and rounds to nearest even whatever MXCSR says.
+/// Products of bf16 pairs, added to fp32 lanes. An Element holds two neighbours of the inner dimension, the first in
+/// its low half. vdpbf16ps flushes denormals and rounds to nearest even whatever MXCSR says.
 struct Bf16Product {
   using Element __attribute__((aligned(2), may_alias)) = uint32_t;  // a key row stands where its tensor has it
   using Operand = Simd::Int;
@@ -42,7 +42,8 @@ SPARSEKIT_INLINE Simd::Int load_bf16_pairs(const uint16_t* p, int count) {
                      : _mm512_maskz_loadu_epi16(__mmask32((1ull << (count < 0 ? 0 : count)) - 1), p);
 }
 
-/// Interleaves two rows of `count` (0 to 16) bf16 along d: element d is (even[d], odd[d]); without `second` (even[d], 0).
+/// Interleaves two rows of `count` (0 to 16) bf16 along d: element d is (even[d], odd[d]); without `second` (even[d],
+/// 0).
 SPARSEKIT_INLINE Simd::Int interleave_bf16(const uint16_t* even, const uint16_t* odd, int count, bool second) {
   __mmask16 first = Simd::first(count);
   __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first, even));

@@ -73,7 +73,7 @@ struct Simd {
     bits &= 0x7fffffff;
     if (bits > 0x7f800000) return 0x7e00;
     if (bits >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and more round to infinity
-    if (bits < 0x38800000) {                                 // denormal: adding 0.5 leaves units of 2^-24 in the mantissa
+    if (bits < 0x38800000) {  // denormal: adding 0.5 leaves units of 2^-24 in the mantissa
       float magnitude;
       __builtin_memcpy(&magnitude, &bits, sizeof bits);
       magnitude += 0.5f;
@@ -124,8 +124,8 @@ struct Simd {
   // ---- exponentials: x = floor(x) + fraction. `scale_by_exp2(p, x)` is 0 below -126, also at -inf.
   SPARSEKIT_INLINE Int floor_int(Float x) {
     x = max(set(-127.f), min(set(127.f), x));
-    Int n = __builtin_convertvector(x, Int);                             // towards 0
-    return n + (__builtin_convertvector(n, Float) > x);                  // true is -1
+    Int n = __builtin_convertvector(x, Int);             // towards 0
+    return n + (__builtin_convertvector(n, Float) > x);  // true is -1
   }
   SPARSEKIT_INLINE Float fraction(Float x) {
     x = max(set(-127.f), x);
