@@ -2,11 +2,13 @@
 // kernel and how many rows per CTA, and the launch.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "attention/cuda_forward_sm80.h"
 #include "attention/cuda_implementations.h"
 #include "attention/cuda_schedule.h"
+#include "attention/cuda_tiles.cuh"
 #include "common/cuda/launch.h"
 
 namespace sparsekit {
@@ -14,7 +16,6 @@ namespace sm80 {
 namespace {
 
 constexpr int kMaxDim = 256;
-constexpr int64_t kMaxLength = INT32_MAX - 4096;  // rows and keys are int32 in the kernels
 
 int64_t list_rows(const AttentionProblem& p) { return p.batch * p.heads_q * p.lists.q_blocks; }
 
@@ -34,30 +35,20 @@ const ForwardKernel* kernel_for(const AttentionProblem& p) {
 /// How a kernel is launched on one card.
 struct Launch {
   int rows = 0;  // of a CTA
-  bool two_buffers = false;
   int shared_bytes = 0;
-  int resident = 0;  // CTAs of a multiprocessor
+  int resident = 0;  // CTAs on a multiprocessor; 0: does not fit
 };
 
 /// CTAs of 128 rows read K and V half as often as CTAs of 64, but need query blocks of 128 and enough of them for every
 /// multiprocessor; and two CTAs should share a multiprocessor, so that one multiplies while the other takes
-/// exponentials (head dimension 256 on an H200: two CTAs of 64 rows 333 TFLOP/s, one of 128 rows 313). Two buffers of K
-/// and V save a barrier and hide more latency (up to 5 %): taken where they cost no resident CTA.
+/// exponentials (head dimension 256 on an H200: two CTAs of 64 rows 331 TFLOP/s, one of 128 rows 305).
 Launch plan_launch(const AttentionProblem& p, const ForwardKernel& kernel, const cuda::SharedMemory& card,
                    int multiprocessors) {
-  const int element = int(size_of(p.dtype));
-  const int buffer = kernel.keys * (kernel.head_dim + kernel.value_dim) * element;
   auto plan = [&](int rows) {
-    const int query = rows * kernel.head_dim * element;
-    auto resident = [&](int bytes) {
-      const int fit = bytes > card.per_block ? 0 : card.per_multiprocessor / (bytes + 1024);
-      const int registers_allow = kernel.ctas * 128 / rows;
-      return fit < registers_allow ? fit : registers_allow;
-    };
-    const int once = resident(query + buffer), twice = resident(query + 2 * buffer);
-    Launch launch;
-    if (once > 0) launch = {rows, twice >= once, query + (twice >= once ? 2 : 1) * buffer, once};
-    return launch;
+    const int elements = rows * kernel.head_dim + kernel.keys * (kernel.head_dim + kernel.value_dim);
+    const int bytes = elements * int(size_of(p.dtype));
+    const int fit = bytes > card.per_block ? 0 : card.per_multiprocessor / (bytes + 1024);
+    return Launch{rows, bytes, std::min(fit, kernel.ctas * 128 / rows)};
   };
   const Launch small = plan(64);
   if (p.lists.block_q != 128 || list_rows(p) < multiprocessors) return small;
@@ -80,7 +71,7 @@ Status forward(const AttentionForward& p, const CudaContext& context) {
   if (!status.ok()) return status;
   const ForwardKernel* kernel = kernel_for(p);
   const Launch launch = plan_launch(p, *kernel, card, context.multiprocessors);
-  if (!launch.rows) {
+  if (!launch.resident) {
     return error(Status::Kind::unsupported,
                  "block-sparse attention on sm80: head_dim %d needs more shared memory than %d", p.head_dim,
                  card.per_block);
@@ -96,8 +87,7 @@ Status forward(const AttentionForward& p, const CudaContext& context) {
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
   if (code != cudaSuccess) return cuda::status_of(code, "setting the forward kernel's shared memory");
   const unsigned threads = unsigned(launch.rows / kernel->rows_per_warp * 32);
-  kernel->kernel<<<unsigned(ctas), threads, launch.shared_bytes, static_cast<cudaStream_t>(context.stream)>>>(
-      p, order, launch.two_buffers);
+  kernel->kernel<<<unsigned(ctas), threads, launch.shared_bytes, static_cast<cudaStream_t>(context.stream)>>>(p, order);
   return cuda::status_of(cudaGetLastError(), "launching block-sparse attention forward");
 }
 
@@ -121,7 +111,10 @@ const char* refuses(const AttentionProblem& p, Direction, const CudaContext&) {
   if (!aligned(p.query, p.dtype) || !aligned(p.key, p.dtype) || !aligned(p.value, p.dtype)) {
     return "query, key, value: supported are addresses and strides that are multiples of 16 bytes";
   }
-  if (p.len_q > kMaxLength || p.len_k > kMaxLength) return "query, key: supported are up to 2^31 - 4097 rows";
+  const int64_t longest_row = std::max({p.query.row, p.key.row, p.value.row}) * size_of(p.dtype);
+  if (longest_row > INT32_MAX) return "query, key, value: supported are row strides below 2^31 bytes";
+  if (p.len_q > cuda::kMaxLength || p.len_k > cuda::kMaxLength)
+    return "query, key: supported are up to 2^31 - 4097 rows";
   if (list_rows(p) > INT32_MAX / 2) return "query: supported are up to 2^30 query blocks over batch and heads";
   return nullptr;
 }

@@ -2,14 +2,17 @@
 //
 //   S = q k^T,  P = exp2(S scale log2e - m),  l += rowsum P,  O = O exp2(m_old - m) + P v,  out = O / l
 //
-// One CTA owns 128 or 64 query rows of one head and walks their key blocks in tiles of KEY_TILE keys; a warp owns 32
-// rows (16 where O would not fit its registers) and all keys of the tile, so softmax never leaves the warp. Q stays in
-// shared memory; K and V have two buffers each where that costs no resident CTA, else one (then V loads behind q k^T
-// and the next K behind P v, as in FlashAttention-2). P goes from accumulators to operands within registers. Bound:
-// tensor cores. 32 rows per warp, because with 16 ldmatrix would need all of shared memory's 128 bytes per clock (4096
-// FLOP per 512 bytes and k-step), and two CTAs per multiprocessor, so that one multiplies while the other takes
-// exponentials. Sources: FlashAttention-2 (Dao 2023) sections 3.1 and 3.3; the lazy rescaling of O is
-// FlashAttention-4's. fp32 runs the same code with products of three tf32 ones (common/cuda/mma.cuh).
+// Tiling: one CTA owns 128 or 64 query rows of one head and walks their key blocks in tiles of KEYS keys; a warp owns
+// 32 rows (16 where O would not fit its registers) and all keys of the tile, so softmax never leaves the warp. Q, one K
+// tile and one V tile are in shared memory: V loads behind q k^T, the next K behind P v. A second buffer of each gained
+// nothing on an H200 and would cost an A100 its second CTA. P goes from accumulators to operands in registers.
+//
+// Bound: tensor cores. 32 rows per warp, because with 16 ldmatrix would need all of shared memory's 128 bytes per clock
+// (4096 FLOP per 512 bytes and k-step); two CTAs per multiprocessor, so that one multiplies while the other takes
+// exponentials.
+//
+// Sources: FlashAttention-2 (Dao 2023) sections 3.1 and 3.3; the lazy rescaling of O is FlashAttention-4's.
+// fp32 runs the same code with products of three tf32 ones (common/cuda/mma.cuh).
 #pragma once
 
 #include "attention/cuda_forward_sm80.h"
@@ -50,8 +53,8 @@ struct Lane {
 /// Starts copying `count` rows (a multiple of 8) from global to shared memory, shared among all warps. Rows from `end`
 /// on and chunks from `chunks` on become zero: no NaN behind a sequence's end may reach a product.
 template <int ROW_BYTES>
-__device__ __forceinline__ void load_rows(uint32_t tile, const char* head, int64_t row_bytes, int first, int count,
-                                          int end, int chunks, const Lane& at) {
+__device__ __forceinline__ void load_rows(uint32_t tile, const char* head, int row_bytes, int first, int count, int end,
+                                          int chunks, const Lane& at) {
   constexpr int kChunks = ROW_BYTES / kChunkBytes;
   for (int eight = at.warp; eight < count / 8; eight += at.warps) {
 #pragma unroll
@@ -59,7 +62,7 @@ __device__ __forceinline__ void load_rows(uint32_t tile, const char* head, int64
       const int row = (i * kWarpSize + at.lane) / kChunks, chunk = (i * kWarpSize + at.lane) % kChunks;
       const int from = first + eight * 8 + row;
       copy_async_16(tile + eight * 8 * ROW_BYTES + swizzled<ROW_BYTES>(row, chunk),
-                    head + from * row_bytes + chunk * kChunkBytes, from < end && chunk < chunks);
+                    head + int64_t(from) * row_bytes + chunk * kChunkBytes, from < end && chunk < chunks);
     }
   }
 }
@@ -386,7 +389,7 @@ __device__ __forceinline__ void write_rows(Outputs<Tile>& o, Softmax<Tile>& soft
 /// CTAs share a list row where a query block is larger than a CTA's rows.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
-    attention_forward(const __grid_constant__ AttentionForward p, const int32_t* order, bool two_buffers) {
+    attention_forward(const __grid_constant__ AttentionForward p, const int32_t* order) {
   using Element = typename Tile::Element;
   constexpr int kKeys = Tile::kKeys, kRow = Tile::kKeyRowBytes, kValueRow = Tile::kValueRowBytes;
   extern __shared__ __align__(128) char shared[];
@@ -403,24 +406,21 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
   if (cta_row >= p.len_q) return;  // the second CTA of a ragged last block
   const int first_row = cta_row + at.warp * Tile::kRowsPerWarp;
 
-  // Shared memory: Q, then buffers of K and V in turn.
-  constexpr int kKeyBuffer = kKeys * kRow, kBuffer = kKeyBuffer + kKeys * kValueRow;
-  const uint32_t q_tile = shared_address(shared), buffers = q_tile + cta_rows * kRow;
+  const uint32_t q_tile = shared_address(shared), k_tile = q_tile + cta_rows * kRow, v_tile = k_tile + kKeys * kRow;
   const int64_t element = sizeof(Element);
   const char* key = static_cast<const char*>(p.key.data) + (b * p.key.batch + kv_head * p.key.head) * element;
   const char* value = static_cast<const char*>(p.value.data) + (b * p.value.batch + kv_head * p.value.head) * element;
   const int key_chunks = p.head_dim * int(sizeof(Element)) / kChunkBytes;
   const int value_chunks = p.value_dim * int(sizeof(Element)) / kChunkBytes;
-  auto load_key = [&](int start, uint32_t buffer) {
-    load_rows<kRow>(buffer, key, p.key.row * element, start, kKeys, int(p.len_k), key_chunks, at);
+  auto load_key = [&](int start) {
+    load_rows<kRow>(k_tile, key, int(p.key.row * element), start, kKeys, int(p.len_k), key_chunks, at);
   };
-  auto load_value = [&](int start, uint32_t buffer) {
-    load_rows<kValueRow>(buffer + kKeyBuffer, value, p.value.row * element, start, kKeys, int(p.len_k), value_chunks,
-                         at);
+  auto load_value = [&](int start) {
+    load_rows<kValueRow>(v_tile, value, int(p.value.row * element), start, kKeys, int(p.len_k), value_chunks, at);
   };
 
   const char* query = static_cast<const char*>(p.query.data) + (b * p.query.batch + h * p.query.head) * element;
-  load_rows<kRow>(q_tile, query, p.query.row * element, cta_row, cta_rows, int(p.len_q), key_chunks, at);
+  load_rows<kRow>(q_tile, query, int(p.query.row * element), cta_row, cta_rows, int(p.len_q), key_chunks, at);
 
   const bool transformed = p.softcap > 0.f || p.key_bias || !(p.scale > 0.f);
   const float factor = transformed ? 1.f : p.scale * kLog2e;
@@ -437,48 +437,35 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
 
   TileWalk<kKeys> ahead(p, list_row(p, b, h, m), cta_row, min(cta_row + cta_rows, int(p.len_q)) - 1);
   bool more = ahead.next();
-  uint32_t buffer = buffers, other = buffers + (two_buffers ? kBuffer : 0);
-  if (more) load_key(ahead.tile.start, buffer);
-  if (more && two_buffers) load_value(ahead.tile.start, buffer);
+  if (more) load_key(ahead.tile.start);
   copy_async_commit();
 
   const uint32_t q_lane = address_rows16<kRow>(q_tile, at.warp * Tile::kRowsPerWarp, 0, at.lane);
-  const uint32_t k_lane = address_columns16<kRow>(0, 0, 0, at.lane);
-  const uint32_t v_lane = address_rows16<kValueRow>(0, 0, 0, at.lane) + kKeyBuffer;
+  const uint32_t k_lane = address_columns16<kRow>(k_tile, 0, 0, at.lane);
+  const uint32_t v_lane = address_rows16<kValueRow>(v_tile, 0, 0, at.lane);
   while (more) {
-    const auto tile = ahead.tile;
+    const KeyTile tile = ahead.tile;
     more = ahead.next();
     copy_async_wait<0>();
-    __syncthreads();  // this tile is here, and nobody reads the buffers of the last one any more
-    if (two_buffers) {
-      if (more) {
-        load_key(ahead.tile.start, other);
-        load_value(ahead.tile.start, other);
-      }
-    } else {
-      load_value(tile.start, buffer);
-    }
+    __syncthreads();  // K (and Q) are here, and nobody reads the last V any more
+    load_value(tile.start);
     copy_async_commit();
 
     Scores<Tile> s;
-    multiply_keys<Tile>(s, q_lane, buffer + k_lane);
-    if (!two_buffers) {
-      copy_async_wait<0>();
-      __syncthreads();
-      if (more) load_key(ahead.tile.start, buffer);
-      copy_async_commit();
-    }
+    multiply_keys<Tile>(s, q_lane, k_lane);
+    copy_async_wait<0>();
+    __syncthreads();  // V is here, and nobody reads K any more
+    if (more) load_key(ahead.tile.start);
+    copy_async_commit();
+
     if (transformed) transform_scores<Tile>(s, p, bias, tile.start, at);
     if (tile.masked) mask_scores<Tile>(s, p, b, first_row, tile, at);
     softmax.add(s, o, factor);
     if constexpr (sizeof(Element) == 2) {
-      multiply_values_16bit<Tile>(o, s, buffer + v_lane);
+      multiply_values_16bit<Tile>(o, s, v_lane);
     } else {
-      multiply_values_f32<Tile>(o, s, shared + (buffer - q_tile) + kKeyBuffer, at);
+      multiply_values_f32<Tile>(o, s, shared + (v_tile - q_tile), at);
     }
-    const uint32_t used = buffer;
-    buffer = other;
-    other = used;
   }
   // Without a tile Q may still be arriving, from all threads, where O is about to be staged.
   copy_async_wait<0>();

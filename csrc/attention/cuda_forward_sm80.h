@@ -8,7 +8,7 @@ namespace sparsekit::sm80 {
 
 /// One compiled kernel and what its launch needs to know.
 struct ForwardKernel {
-  void (*kernel)(const AttentionForward arguments, const int32_t* order, bool two_buffers);
+  void (*kernel)(const AttentionForward arguments, const int32_t* order);
   int head_dim, value_dim;  // upper bounds
   int rows_per_warp;
   int keys;  // of one tile
