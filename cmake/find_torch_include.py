@@ -33,8 +33,13 @@ def version(include):
     return tuple(int(re.search(rf"TORCH_VERSION_{part} (\d+)", text)[1]) for part in ("MAJOR", "MINOR"))
 
 
-for folder in candidates():
-    include = os.path.join(folder or ".", "torch", "include")
-    if version(include) >= OLDEST:
-        print(include)
-        break
+def find():
+    for folder in candidates():
+        include = os.path.join(folder or ".", "torch", "include")
+        if version(include) >= OLDEST:
+            return include
+    return ""
+
+
+if __name__ == "__main__":
+    print(find())

@@ -129,7 +129,8 @@ def test_schemas_are_as_published():
 def found_include(prologue: str, **environment) -> Path:
     """What the build's search for torch prints, after `prologue` in the same interpreter."""
     clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")}
-    code = f"import runpy, sys\n{prologue}\nrunpy.run_path({str(ROOT / 'cmake' / 'find_torch_include.py')!r})"
+    script = str(ROOT / "cmake" / "find_torch_include.py")
+    code = f"import runpy, sys\n{prologue}\nrunpy.run_path({script!r}, run_name='__main__')"
     command = [sys.executable, "-c", code]
     process = subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, check=True)
     return Path(process.stdout.strip())
@@ -139,6 +140,11 @@ def test_build_finds_the_torch_of_the_environment_even_isolated():
     """An isolated build runs the environment's interpreter, with a search path that lacks its packages."""
     hidden = "sys.path = [path for path in sys.path if not path.endswith('-packages')]"
     assert found_include(hidden) == Path(torch.__file__).parent / "include"
+
+
+def test_build_finds_nothing_where_no_torch_is():
+    hidden = "sys.path = [path for path in sys.path if not path.endswith('-packages')]; sys.prefix = '/nowhere'"
+    assert found_include(hidden, PYTHONUSERBASE="/nowhere") == Path("")
 
 
 def test_build_takes_no_torch_that_is_too_old(tmp_path):
