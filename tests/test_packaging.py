@@ -143,7 +143,7 @@ def test_build_finds_the_torch_of_the_environment_even_isolated():
 
 
 def test_build_finds_nothing_where_no_torch_is():
-    hidden = "sys.path = [path for path in sys.path if not path.endswith('-packages')]; sys.prefix = '/nowhere'"
+    hidden = "sys.path = [path for path in sys.path if not path.endswith('-packages')]; sys.prefix = sys.base_prefix = '/nowhere'"
     assert found_include(hidden, PYTHONUSERBASE="/nowhere") == Path("")
 
 
