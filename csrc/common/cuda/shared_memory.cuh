@@ -36,13 +36,6 @@ __device__ __forceinline__ void copy_async_16(uint32_t destination, const void* 
                : "memory");
 }
 
-/// Starts a copy of 4 bytes, for vectors (lse, delta, bias) that no 16-byte alignment is known of. Zeros where not
-/// valid.
-__device__ __forceinline__ void copy_async_4(uint32_t destination, const void* source, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(destination), "l"(source), "r"(valid ? 4 : 0)
-               : "memory");
-}
-
 /// Closes the group of the copies started so far by this thread.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
