@@ -416,6 +416,7 @@ class Backward {
     t.grad_out = tile.grad_lanes;
     t.query_steps = query_steps_;
     t.value_steps = value_steps_;
+    t.count = w.segments[s].count;
     t.keys = w.segments[s].padded;
     t.query_vectors = rows.padded / lanes;
     t.lse = tile.lse;
