@@ -5,7 +5,7 @@
 #   *_avx512.cpp          AVX-512 F, BW, DQ, VL (Skylake-SP and later)
 #   *_avx512_bf16.cpp     the same with BF16 (Zen 4, Cooper Lake, Sapphire Rapids and later)
 #   *_amx.cpp             the same with AMX tiles and BF16 tile products (Sapphire Rapids and later)
-#   cuda_*sm80*.cu        code for 8.0 and PTX, so that every card from Ampere on runs it
+#   cuda_*sm80*.cu        code for 8.0 and 9.0, and PTX for every other card from Ampere on (PTX alone costs 10 s at first use)
 #   cuda_*sm90*.cu        code for 9.0a (wgmma, TMA: Hopper only)
 #   cuda_<name>.cu        no tensor cores: 8.0 with PTX and 9.0
 #
@@ -38,7 +38,7 @@ function(sparsekit_cuda_kernels target)
     if(file MATCHES "cuda_[a-z0-9_]*sm90[a-z0-9_]*\\.cu$")
       set(flags -gencode=arch=compute_90a,code=sm_90a)
     elseif(file MATCHES "cuda_[a-z0-9_]*sm80[a-z0-9_]*\\.cu$")
-      set(flags -gencode=arch=compute_80,code=[sm_80,compute_80])
+      set(flags -gencode=arch=compute_80,code=[sm_80,sm_90,compute_80])
     elseif(file MATCHES "cuda_[a-z0-9_]+\\.cu$")
       set(flags -gencode=arch=compute_80,code=[sm_80,compute_80] -gencode=arch=compute_90,code=sm_90)
     else()

@@ -89,21 +89,23 @@ class RowBuilder {
   const BlockLists& lists_;
 };
 
-/// log sum exp of the scores; -inf where there are none or all are -inf.
-double log_sum_exp(const std::vector<double>& scores) {
-  double largest = -INFINITY;
-  for (double score : scores) largest = score > largest || std::isnan(score) ? score : largest;
-  if (largest == -INFINITY) return largest;
-  double sum = 0;
-  for (double score : scores) sum += std::exp(score - largest);
-  return largest + std::log(sum);
-}
+/// The softmax of a row: exp(score - largest) / sum. Kept apart rather than as one logarithm, which would swallow the
+/// sum where every score is as low as a float can be.
+struct Softmax {
+  double largest = -INFINITY;  // -INFINITY: the row sees no key
+  double sum = 0;              // of exp(score - largest), without the sink
+  double total = 0;            // with it
 
-/// log of the softmax's denominator: of the scores and the head's sink.
-double log_normaliser(const AttentionProblem& p, int64_t head, double lse) {
-  if (!p.sinks || lse == -INFINITY) return lse;
-  return log_sum_exp({lse, p.sinks[head]});
-}
+  Softmax(const AttentionProblem& p, const Row& row) {
+    for (double score : row.scores) largest = score > largest || std::isnan(score) ? score : largest;
+    if (empty()) return;
+    for (double score : row.scores) sum += std::exp(score - largest);
+    total = sum + (p.sinks ? std::exp(p.sinks[row.head] - largest) : 0.);
+  }
+  bool empty() const { return largest == -INFINITY; }
+  double lse() const { return empty() ? largest : largest + std::log(sum); }
+  double weight(double score) const { return std::exp(score - largest) / total; }
+};
 
 /// Calls visit(row) for all rows of (batch, head); rows of a packed batch that belong to no sequence see no key.
 template <class Visit>
@@ -125,10 +127,10 @@ void for_each_row(const AttentionProblem& p, int64_t b, int64_t h, Visit visit) 
 void forward_head(const AttentionForward& p, int64_t b, int64_t h) {
   std::vector<double> out(p.value_dim);
   for_each_row(p, b, h, [&](const Row& row) {
-    double lse = log_sum_exp(row.scores), normaliser = log_normaliser(p, h, lse);
+    Softmax softmax(p, row);
     out.assign(p.value_dim, 0.);
-    for (size_t n = 0; n < row.keys.size() && lse != -INFINITY; ++n) {
-      double weight = std::exp(row.scores[n] - normaliser);
+    for (size_t n = 0; n < row.keys.size() && !softmax.empty(); ++n) {
+      double weight = softmax.weight(row.scores[n]);
       int64_t v = p.value.offset(b, row.kv_head, row.keys[n]);
       for (int32_t d = 0; d < p.value_dim; ++d) out[d] += weight * load(p.value.data, v + d, p.dtype);
     }
@@ -136,9 +138,9 @@ void forward_head(const AttentionForward& p, int64_t b, int64_t h) {
     for (int32_t d = 0; d < p.value_dim; ++d) store(p.out.data, o + d, p.dtype, out[d]);
     int64_t at = (b * p.heads_q + h) * p.len_q + row.index;
     if (p.dtype == DType::f64) {
-      p.lse_f64[at] = lse;
+      p.lse_f64[at] = softmax.lse();
     } else {
-      p.lse[at] = float(lse);
+      p.lse[at] = float(softmax.lse());
     }
   });
 }
@@ -155,19 +157,19 @@ void backward_group(const AttentionBackward& p, int64_t b, int64_t kv_head) {
       int64_t at = (b * p.heads_q + h) * p.len_q + row.index;
       int64_t q = p.query.offset(b, h, row.index), go = p.grad_out.offset(b, h, row.index);
       grad_query.assign(p.head_dim, 0.);
-      double lse = log_sum_exp(row.scores), normaliser = log_normaliser(p, h, lse);
-      if (lse != -INFINITY) {
+      Softmax softmax(p, row);
+      if (!softmax.empty()) {
         double out_dot = 0;
         for (int32_t d = 0; d < p.value_dim; ++d) {
           out_dot += load(p.grad_out.data, go + d, p.dtype) * load(p.out.data, p.out.offset(b, h, row.index) + d, p.dtype);
         }
         // The sink is a key of value 0 outside of lse: lse's gradient spreads by the softmax without it.
         double grad_lse = p.grad_lse_f64 ? p.grad_lse_f64[at] : p.grad_lse ? p.grad_lse[at] : 0.;
-        double delta = out_dot - grad_lse * std::exp(normaliser - lse);
-        if (p.sinks) grad_sink -= std::exp(p.sinks[h] - normaliser) * out_dot;
+        double delta = out_dot - grad_lse * softmax.total / softmax.sum;
+        if (p.sinks) grad_sink -= softmax.weight(p.sinks[h]) * out_dot;
         for (size_t n = 0; n < row.keys.size(); ++n) {
           int64_t j = row.keys[n], k = p.key.offset(b, kv_head, j), v = p.value.offset(b, kv_head, j);
-          double weight = std::exp(row.scores[n] - normaliser), grad_weight = 0;
+          double weight = softmax.weight(row.scores[n]), grad_weight = 0;
           for (int32_t d = 0; d < p.value_dim; ++d) {
             double grad_out = load(p.grad_out.data, go + d, p.dtype);
             grad_weight += grad_out * load(p.value.data, v + d, p.dtype);
