@@ -1,0 +1,302 @@
+"""How a test decides: a result against float64, measured by what dense attention loses in the same dtype.
+
+    max|e| <= 2 max|b| + eps(dtype) max|ref|      and      ||e|| / ||ref|| <= 2 ||b|| / ||ref|| + 1e-4   (float32: 1e-6)
+
+e is the error of the result, b that of the baseline. `Problem` brings an attention case, its float64 reference and its
+baseline together; `check_forward` and `check_backward` run a backend on it.
+"""
+
+import dataclasses
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+import sparsekit
+from backends import Backend
+from sparsekit import reference
+from sparsekit.bench.cases import AttentionCase, AttentionInputs, make_inputs
+
+GRADIENTS = ("query", "key", "value", "key_bias", "sinks")
+
+
+# ---- the criterion
+
+
+def failure(got, ref, bases, dtype: torch.dtype) -> str | None:
+    """Why `got` does not pass, or None. `bases`: results of the baseline, the worse of which counts."""
+    got, ref, *bases = (x.detach().cpu().double() for x in (got, ref, *bases))
+    if got.shape != ref.shape:
+        return f"shape {tuple(got.shape)} for {tuple(ref.shape)}"
+    if not got.isfinite().all():
+        return f"{int((~got.isfinite()).sum())} of {got.numel()} elements are not finite"
+    if got.numel() == 0:
+        return None
+    error = got - ref
+    errors = [(base - ref).nan_to_num(0, 0, 0) for base in bases]  # where a baseline fails it excuses nothing
+    largest = error.abs().max()
+    bound = 2 * max(e.abs().max() for e in errors) + torch.finfo(dtype).eps * ref.abs().max()
+    if not largest <= bound:
+        return f"max|e| = {largest:.3g} > {bound:.3g}"
+    norm = error.norm()
+    bound = 2 * max(e.norm() for e in errors) + (1e-6 if dtype.itemsize >= 4 else 1e-4) * ref.norm()
+    if not norm <= bound:
+        return f"||e|| / ||ref|| = {norm / ref.norm():.3g} > {bound / ref.norm():.3g}"
+    return None
+
+
+def assert_passes(name: str, got, ref, bases, dtype: torch.dtype):
+    reason = failure(got, ref, bases, dtype)
+    assert reason is None, f"{name}: {reason}"
+
+
+def assert_lse_passes(lse, ref, base, dtype: torch.dtype):
+    """lse is float32 whatever the inputs are, a sum of scores near 0 can cancel, and matrix units round each step: the
+    error may be twice the baseline's and a few units of the last place of 4 + max|ref|. A key of 8,192 is worth 1e-4."""
+    lse, ref, base = (x.detach().cpu().double() for x in (lse, ref, base))
+    finite = ref.isfinite()
+    assert torch.equal(lse[~finite], ref[~finite]), "lse: rows that see no key must be -inf"
+    if not finite.any():
+        return
+    lse, ref, base = lse[finite], ref[finite], base[finite]
+    units = 8 if dtype.itemsize == 2 else 1
+    bound = 2 * (base - ref).abs().max() + units * torch.finfo(torch.float32).eps * (4 + ref.abs().max())
+    largest = (lse - ref).abs().max()
+    assert largest <= bound, f"lse: max|e| = {largest:.3g} > {bound:.3g}"  # NaN too
+
+
+# ---- the mask, block by block: not shared with the library
+
+
+def visible(inputs: AttentionInputs) -> torch.Tensor:
+    """bool [B, Hq, Sq, Sk] (packed: [1, Hq, Tq, Tk]), which query sees which key: the semantics in loops."""
+    case, p = inputs.case, inputs.pattern.to("cpu")
+    (block_q, block_k), (left, right) = p.block_size, p.window
+    list_batch, list_heads, _ = p.kv_num_blocks.shape
+    bits_index = (p.kv_indices * 0 - 1 if p.partial_bits_index is None else p.partial_bits_index).tolist()
+    lists = [(p.kv_num_blocks.tolist(), p.kv_indices.tolist(), False)]
+    if p.full_kv_num_blocks is not None:
+        lists.append((p.full_kv_num_blocks.tolist(), p.full_kv_indices.tolist(), True))
+    mask = torch.zeros(case.batch, list_heads, case.len_q, case.len_k, dtype=torch.bool)
+    for b in range(case.batch):
+        lb = min(b, list_batch - 1)
+        row = q0 = k0 = 0
+        for len_q, len_k in case.sequences:
+            at_q, at_k = torch.arange(len_q) + len_k - len_q, torch.arange(len_k)
+            if inputs.query_positions is not None:
+                at_q = inputs.query_positions.cpu().expand(case.batch, -1)[b, q0 : q0 + len_q].long()
+            if inputs.key_positions is not None:
+                at_k = inputs.key_positions.cpu().expand(case.batch, -1)[b, k0 : k0 + len_k].long()
+            ahead = at_k[None] - at_q[:, None]
+            allowed = torch.ones(len_q, len_k, dtype=torch.bool)
+            allowed &= (ahead <= 0) | (not p.causal)
+            allowed &= (ahead >= -left) | (left < 0)
+            allowed &= (ahead <= right) | (right < 0)
+            blocks = [(m, lh) for m in range(math.ceil(len_q / block_q)) for lh in range(list_heads)]
+            for m, lh in blocks:
+                rows = slice(m * block_q, min((m + 1) * block_q, len_q))
+                for counts, indices, full in lists:
+                    for slot, n in enumerate(indices[lb][lh][row + m][: counts[lb][lh][row + m]]):
+                        if not 0 <= n < math.ceil(len_k / block_k):
+                            continue
+                        columns = slice(n * block_k, min((n + 1) * block_k, len_k))
+                        block = allowed[rows, columns] | full
+                        if not full and (number := bits_index[lb][lh][row + m][slot]) >= 0:
+                            block &= _bits(p.partial_bits[number], block_k)[: block.shape[0], : block.shape[1]]
+                        mask[b, lh, q0:, k0:][rows, columns] |= block
+            row += math.ceil(len_q / block_q)
+            q0, k0 = q0 + len_q, k0 + len_k
+    return mask.repeat_interleave(case.heads_q // list_heads, 1)
+
+
+def _bits(words: torch.Tensor, keys: int) -> torch.Tensor:
+    """bool [rows, keys] of int32 words [rows, ceil(keys / 32)]."""
+    key = torch.arange(keys)
+    return (words.long()[:, key // 32] >> (key % 32)) & 1 == 1
+
+
+# ---- dense attention in the dtype of its inputs
+
+
+def dense_attention(query, key, value, mask, *, scale=None, softcap=None, key_bias=None, sinks=None):
+    """(out, lse) as a dense kernel computes them: scores and sums in float32 (float64 for float64), probabilities and
+    results in the inputs' dtype. Rows that see nothing give 0 and -inf."""
+    dtype, wide = query.dtype, torch.float64 if query.dtype == torch.float64 else torch.float32
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    score = (query.shape[-1] ** -0.5 if scale is None else scale) * (query.to(wide) @ key.to(wide).transpose(-1, -2))
+    if softcap:
+        score = softcap * torch.tanh(score / softcap)
+    if key_bias is not None:
+        score = score + key_bias[:, :, None].to(wide)
+    score = score.masked_fill(~mask, -math.inf)
+    blind = (score == -math.inf).all(-1, keepdim=True)
+    lse = score.masked_fill(blind, 0).logsumexp(-1, keepdim=True)
+    sink = None if sinks is None else sinks[None, :, None, None].to(wide)
+    normaliser = lse if sinks is None else torch.logaddexp(lse, sink.detach())
+    weight = (score - normaliser).exp().masked_fill(blind, 0).to(dtype)
+    out = (weight.to(wide) @ value.to(wide)).to(dtype)
+    if sinks is not None:  # d out / d sink = -(the sink's share) out: of out as it was stored, as every kernel has it
+        share = (sink - normaliser).exp().masked_fill(blind, 0)
+        out = (out.to(wide) - (share * out).detach() * (sink - sink.detach())).to(dtype)
+    return out, lse.masked_fill(blind, -math.inf).squeeze(-1)
+
+
+def sdpa(query, key, value, mask, scale=None):
+    """torch's dense attention with the mask; rows that see nothing give 0."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    blind = ~mask.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask | blind, scale=scale)
+    return out.masked_fill(blind, 0)
+
+
+# ---- a problem with its reference and its baseline
+
+
+@dataclasses.dataclass
+class Problem:
+    """Inputs of a call, on the device of the backend; `scale` None is the default. grad_lse may be left out."""
+
+    inputs: AttentionInputs
+    scale: float | None = None
+    grad_lse: bool = False
+
+    @property
+    def case(self) -> AttentionCase:
+        return self.inputs.case
+
+    @property
+    def about(self) -> tuple:
+        """What decides which implementation runs."""
+        return self.case.dtype, self.case.head_dim, self.case.value_dim, self.case.block_size
+
+    @property
+    def options(self) -> dict:
+        return dict(self.inputs.kwargs, **({} if self.scale is None else {"scale": self.scale}))
+
+    @functools.cached_property
+    def mask(self) -> torch.Tensor:
+        return visible(self.inputs).to(self.inputs.query.device)
+
+    @functools.cached_property
+    def upstream(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of out and lse that backward starts from."""
+        case = self.case
+        rows = (case.len_q, case.heads_q) if case.packed else (case.batch, case.heads_q, case.len_q)
+        grad_lse = torch.randn(rows[::-1] if case.packed else rows)
+        device = self.inputs.query.device
+        return torch.randn(*rows, case.value_dim).to(device, case.dtype), grad_lse.to(device)
+
+    def leaves(self, dtype: torch.dtype | None = None, device=None) -> dict[str, torch.Tensor]:
+        """The differentiable inputs as fresh leaves, cast where a dtype is given."""
+        tensors = {name: getattr(self.inputs, name) for name in GRADIENTS}
+        return {
+            name: x.detach().to(device=device, dtype=dtype).clone().requires_grad_(x.is_floating_point())
+            for name, x in tensors.items()
+            if x is not None
+        }
+
+    def run(self, attend, leaves: dict, **options):
+        """`attend` of this problem on other leaves: (out, lse)."""
+        changed = dataclasses.replace(self.inputs, **leaves)
+        named = {**self.options, **{name: leaves[name] for name in ("key_bias", "sinks") if name in leaves}}
+        return attend(*changed.args, **named, **options)
+
+    def sparse(self, leaves: dict, **options):
+        attend = sparsekit.block_sparse_attention_varlen if self.case.packed else sparsekit.block_sparse_attention
+        return self.run(attend, leaves, return_lse=True, **options)
+
+    def reference(self, leaves: dict):
+        """In float64 on the CPU."""
+        moved = {
+            field.name: value.to("cpu")
+            for field in dataclasses.fields(self.inputs)
+            if hasattr(value := getattr(self.inputs, field.name), "to")
+        }
+        host = Problem(dataclasses.replace(self.inputs, **moved), self.scale)
+        attend = reference.block_sparse_attention_varlen if self.case.packed else reference.block_sparse_attention
+        return host.run(attend, leaves)
+
+    def baselines(self, leaves: dict, draws: int = 4) -> list:
+        """Dense attention in the problem's dtype, on its device: [(out, lse), ...]. Each is one draw of a dense kernel's
+        rounding errors: the first in the order of the inputs, the others with rows, keys and dimensions shuffled, and
+        the last by torch's own kernel where that can express the problem. One draw of a number that is small by chance
+        (the gradient of a sink is a single number) would condemn a good kernel."""
+        q, k, v = (leaves[name] for name in GRADIENTS[:3])
+        if self.case.packed:
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        options = {name: leaves[name] for name in ("key_bias", "sinks") if name in leaves}
+        options |= {"softcap": self.case.softcap, "scale": self.scale}
+        results = [dense_attention(q, k, v, self.mask, **options)]
+        for _ in range(draws - 1):
+            rows, keys, dims, columns = (
+                torch.randperm(n, device=q.device) for n in (q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+            )
+            shuffled = options | {"key_bias": options["key_bias"][..., keys]} if "key_bias" in options else options
+            out, lse = dense_attention(
+                q[:, :, rows][..., dims], k[:, :, keys][..., dims], v[:, :, keys][..., columns],
+                self.mask[:, :, rows][..., keys], **shuffled,
+            )  # fmt: skip
+            results.append((out[..., columns.argsort()][:, :, rows.argsort()], lse[:, :, rows.argsort()]))
+        if not (self.case.softcap or self.case.sinks or self.case.key_bias or self.grad_lse):
+            results.append((sdpa(q, k, v, self.mask, self.scale), results[0][1]))
+        return [(out[0].transpose(0, 1), lse[0]) if self.case.packed else (out, lse) for out, lse in results]
+
+
+def make_problem(case: AttentionCase, backend: Backend, seed: int, **options) -> Problem:
+    return Problem(make_inputs(case.with_(seed=seed), backend.device), **options)
+
+
+def poison(*sizes: int, device="cpu") -> None:
+    """Leaves memory of these numbers of bytes full of NaN to the next allocations: what a kernel does not write shows."""
+    held = [torch.full((max(size // 4, 1),), math.nan, device=device) for size in sizes for _ in range(3)]
+    del held
+
+
+def _poison_results(problem: Problem, gradients: bool = False) -> None:
+    case, q, k, v = problem.case, *(getattr(problem.inputs, name) for name in GRADIENTS[:3])
+    out = q.numel() // case.head_dim * case.value_dim
+    sizes = [out * q.element_size(), 4 * case.batch * case.heads_q * case.len_q]
+    if gradients:
+        sizes += [x.numel() * x.element_size() for x in (q, k, v)] + [4 * case.batch * case.heads_q * case.len_k]
+    poison(*sizes, device=q.device)
+
+
+def check_forward(backend: Backend, problem: Problem):
+    """Runs a problem on a backend and holds out and lse to the reference. Returns them."""
+    with backend.running(*problem.about, packed=problem.case.packed), torch.no_grad():
+        leaves = problem.leaves()
+        _poison_results(problem)
+        out, lse = problem.sparse(leaves)
+        ref, ref_lse = problem.reference(problem.leaves(torch.float64, "cpu"))
+        bases = problem.baselines(leaves)
+        assert out.dtype == problem.case.dtype and lse.dtype == bases[0][1].dtype
+        assert_passes("out", out, ref, [base for base, _ in bases], problem.case.dtype)
+        assert_lse_passes(lse, ref_lse, bases[0][1], problem.case.dtype)
+    return out, lse
+
+
+def check_backward(backend: Backend, problem: Problem, wanted=GRADIENTS) -> dict[str, torch.Tensor]:
+    """Runs forward and backward of a problem on a backend and holds every gradient to the reference's."""
+    case, wanted = problem.case, [name for name in wanted if getattr(problem.inputs, name) is not None]
+
+    def gradients(results, leaves):
+        out, lse = results
+        grad_out, grad_lse = (x.to(out.device) for x in problem.upstream)
+        outputs, upstream = [out], [grad_out.to(out.dtype)]
+        if problem.grad_lse:  # a row that sees nothing has lse -inf, and no say
+            outputs.append(lse)
+            upstream.append(grad_lse.to(lse.dtype).where(lse > -math.inf, 0))
+        return torch.autograd.grad(outputs, [leaves[name] for name in wanted], upstream, retain_graph=True)
+
+    with backend.running(*problem.about, backward=True, packed=case.packed):
+        results = problem.sparse(leaves := problem.leaves())
+        _poison_results(problem, gradients=True)
+        got = gradients(results, leaves)
+        ref = gradients(problem.reference(leaves := problem.leaves(torch.float64, "cpu")), leaves)
+        leaves = problem.leaves()
+        bases = [gradients(results, leaves) for results in problem.baselines(leaves)]
+        for name, value, exact, *dense in zip(wanted, got, ref, *bases, strict=True):
+            assert value.dtype == getattr(problem.inputs, name).dtype
+            assert_passes(f"gradient of {name}", value, exact, dense, case.dtype)
+    return dict(zip(wanted, got, strict=True))
