@@ -20,6 +20,8 @@ namespace sparsekit {
 /// Checked tensors of an attention call, kept alive while the problem points into them.
 class AttentionTensors : public BlockListTensors {
  public:
+  bool has_sinks = false;  // problem.sinks cannot tell: the address of an empty tensor is null
+
   void set_qkv(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<double> scale);
   void set_options(bool causal, const std::vector<int64_t>& window, double softcap, const OptionalTensor& key_bias,
                    const OptionalTensor& sinks, const OptionalTensor& query_positions,
@@ -195,7 +197,7 @@ struct AttentionOps {
     Tensor grad_key_bias = empty_on(
         query, key_bias_grad ? std::vector<int64_t>{p.batch, p.heads_q, p.len_k} : none, ScalarType::Float);
     Tensor grad_sinks =
-        empty_on(query, p.sinks ? std::vector<int64_t>{p.batch, p.heads_q} : none, ScalarType::Float);
+        empty_on(query, tensors.has_sinks ? std::vector<int64_t>{p.batch, p.heads_q} : none, ScalarType::Float);
     p.grad_query = heads_view<OutputView>(grad_query);
     p.grad_key = heads_view<OutputView>(grad_key);
     p.grad_value = heads_view<OutputView>(grad_value);

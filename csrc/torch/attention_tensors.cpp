@@ -80,6 +80,7 @@ void AttentionTensors::set_options(bool causal, const std::vector<int64_t>& wind
     require_size(*sinks, 0, problem.heads_q, "sinks");
     require_same_device(*sinks, anchor, "sinks");
     problem.sinks = keep<float>(contiguous_of(*sinks, ScalarType::Float, "sinks"));
+    has_sinks = true;
   }
   if (query_positions) {
     problem.query_positions_batch =
