@@ -27,7 +27,8 @@ namespace gradients {
 constexpr int tile_queries = 128;  // P and dS of a tile and 128 keys stay in L2
 constexpr int tile_panels = tile_queries / tile_lanes;
 constexpr int64_t scratch_bytes = int64_t(64) << 20;  // of query tiles, unless one key head needs more
-constexpr double log2_e_exact = 1.4426950408889634;
+// Units of log 2 as forward's, with the same rounding: what large scores lose by it is lost by lse, too.
+constexpr float log2_of_e = 1.4426950408889634f;
 
 /// Hands out aligned pieces of one piece of memory; without memory, counts how much they need.
 struct Carver {
@@ -45,11 +46,11 @@ struct Carver {
 template <class Product>
 struct PackedTile {
   using Element = typename Product::Element;
-  Element *query_lanes, *grad_lanes;  // queries in the lanes
-  Element *query_rows, *grad_rows;    // head dimension in the lanes
-  float *lse, *weight, *delta;        // [tile_queries]; lse in units of log 2
-  float* grad_query;                  // [tile_queries][lanes of head_dim], not yet scaled
-  QueryTile* masks;                   // [tile_panels]
+  Element *query_lanes, *grad_lanes;       // queries in the lanes
+  Element *query_rows, *grad_rows;         // head dimension in the lanes
+  float *lse, *lse_rest, *weight, *delta;  // [tile_queries]; lse in units of log 2
+  float* grad_query;                       // [tile_queries][lanes of head_dim], not yet scaled
+  QueryTile* masks;                        // [tile_panels]
 };
 
 template <class Product, DType dtype>
@@ -139,6 +140,7 @@ class Backward {
     t.query_rows = memory->take<Element>(int64_t(tile_rows_ / pair) * query_vectors_ * lanes);
     t.grad_rows = memory->take<Element>(int64_t(tile_rows_ / pair) * value_vectors_ * lanes);
     t.lse = memory->take<float>(tile_rows_);
+    t.lse_rest = memory->take<float>(tile_rows_);
     t.weight = memory->take<float>(tile_rows_);
     t.delta = memory->take<float>(tile_rows_);
     t.grad_query = memory->take<float>(int64_t(tile_rows_) * query_vectors_ * lanes);
@@ -176,7 +178,7 @@ class Backward {
     int absent[tile_queries], absent_count = 0;
     for (int i = 0; i < rows.padded; ++i) {
       tile.lse[i] = __builtin_inff();  // exp(score - lse) = 0: a row that sees no key, or none
-      tile.weight[i] = tile.delta[i] = 0;
+      tile.lse_rest[i] = tile.weight[i] = tile.delta[i] = 0;
       if (i >= rows.count) continue;
       int64_t row = rows.first + i, at = (head.batch * p_.heads_q + head.query_head) * p_.len_q + row;
       float lse = p_.lse[at];
@@ -193,7 +195,9 @@ class Backward {
         weight = 1 / (1 + expf(sink - lse));
         sink_parts_[index] -= out_dot / (1 + expf(lse - sink));
       }
-      tile.lse[i] = float(lse * log2_e_exact);
+      double units = lse * 1.4426950408889634;
+      tile.lse[i] = float(units);
+      tile.lse_rest[i] = float(units - tile.lse[i]);
       tile.weight[i] = weight;
       tile.delta[i] = weight * out_dot - (p_.grad_lse ? p_.grad_lse[at] : 0.f);
     }
@@ -335,7 +339,7 @@ class Backward {
         p_.key_bias ? p_.key_bias + head.batch * p_.key_bias_batch + head.query_head * p_.key_bias_head : nullptr;
     int padded = int(round_up(block.count, 16));
     for (int i = 0; i < padded; ++i) {
-      w.bias[i] = i >= block.count ? -__builtin_inff() : bias ? float(bias[block.first + i] * log2_e_exact) : 0.f;
+      w.bias[i] = i >= block.count ? -__builtin_inff() : bias ? bias[block.first + i] * log2_of_e : 0.f;
     }
     if (p_.grad_key_bias) memset(w.grad_bias, 0, size_t(padded) * lanes * sizeof(float));
   }
@@ -420,12 +424,13 @@ class Backward {
     t.keys = w.segments[s].padded;
     t.query_vectors = rows.padded / lanes;
     t.lse = tile.lse;
+    t.lse_rest = tile.lse_rest;
     t.weight = tile.weight;
     t.delta = tile.delta;
     t.bias = w.bias + key;
-    t.scale = float(p_.scale * log2_e_exact);
+    t.scale = p_.scale * log2_of_e;
     t.softcap_in = p_.softcap > 0 ? p_.scale / p_.softcap : 0.f;
-    t.softcap_out = float(p_.softcap * log2_e_exact);
+    t.softcap_out = p_.softcap * log2_of_e;
     t.probability = w.probability;
     t.grad_score = w.grad_score;
     t.grad_score_pairs = w.grad_score_pairs;

@@ -62,13 +62,17 @@ SPARSEKIT_INLINE void multiply(const Operand<Product>& a, const typename Product
   }
 }
 
-/// `rows` x (width vectors) of C, overwritten or added to. fp32 sums end after `chain` steps and are added to C:
-/// rounding errors of one chain of 256 products showed where dP - delta cancels (7 times dense attention's largest
-/// error).
+/// Steps that one sum runs over before it is added to C. The product dO V^T ends its sums early in fp32: at head
+/// dimension 256 the rounding of one long sum showed where dP - delta cancels (7 times dense attention's largest
+/// error). Scores must not: they repeat forward's order, so that what rounding did to a large score it did to lse, too.
+constexpr int long_chain = 1 << 30;
+template <class Product>
+constexpr int short_chain = Product::pair == 1 ? 64 : long_chain;
+
+/// `rows` x (width vectors) of C, overwritten or added to.
 template <class Product, int rows, int width>
-SPARSEKIT_INLINE void product_micro(Operand<Product> a, const typename Product::Element* b, int steps, float* c,
-                                    int64_t c_stride, bool add) {
-  constexpr int chain = Product::pair == 1 ? 64 : 1 << 30;
+SPARSEKIT_INLINE void product_micro(Operand<Product> a, const typename Product::Element* b, int steps, int chain,
+                                    float* c, int64_t c_stride, bool add) {
   for (int left = steps; left > 0; left -= chain, add = true) {
     Simd::Float sum[rows][width];
 #pragma GCC unroll 6
@@ -97,18 +101,18 @@ SPARSEKIT_INLINE void product_micro(Operand<Product> a, const typename Product::
 }
 
 template <class Product, int width>
-void product_panel(Operand<Product> a, int rows, const typename Product::Element* b, int steps, float* c,
+void product_panel(Operand<Product> a, int rows, const typename Product::Element* b, int steps, int chain, float* c,
                    int64_t c_stride, bool add, Ahead* ahead) {
   while (rows > 0) {
     Ahead::step(ahead);
     // rows is a multiple of 16: 6, 6, ... and 4 or 4, 4 at the end
     if (rows >= micro_rows && rows != 8) {
-      product_micro<Product, micro_rows, width>(a, b, steps, c, c_stride, add);
+      product_micro<Product, micro_rows, width>(a, b, steps, chain, c, c_stride, add);
       a = a.rows_from(micro_rows);
       c += micro_rows * c_stride;
       rows -= micro_rows;
     } else {
-      product_micro<Product, 4, width>(a, b, steps, c, c_stride, add);
+      product_micro<Product, 4, width>(a, b, steps, chain, c, c_stride, add);
       a = a.rows_from(4);
       c += 4 * c_stride;
       rows -= 4;
@@ -124,14 +128,15 @@ void product(const Operand<Product>& a, int rows, const typename Product::Elemen
     width = panel_width(first, vectors);
     const typename Product::Element* panel = b + int64_t(first) * lanes * steps;
     float* out = c + first * lanes;
+    constexpr int chain = short_chain<Product>;
     switch (width) {
-      case 1: product_panel<Product, 1>(a, rows, panel, steps, out, c_stride, add, ahead); break;
-      case 2: product_panel<Product, 2>(a, rows, panel, steps, out, c_stride, add, ahead); break;
+      case 1: product_panel<Product, 1>(a, rows, panel, steps, chain, out, c_stride, add, ahead); break;
+      case 2: product_panel<Product, 2>(a, rows, panel, steps, chain, out, c_stride, add, ahead); break;
       case 3:
-        product_panel<Product, panel_vectors >= 3 ? 3 : 1>(a, rows, panel, steps, out, c_stride, add, ahead);
+        product_panel<Product, panel_vectors >= 3 ? 3 : 1>(a, rows, panel, steps, chain, out, c_stride, add, ahead);
         break;
       case 4:
-        product_panel<Product, panel_vectors >= 4 ? 4 : 1>(a, rows, panel, steps, out, c_stride, add, ahead);
+        product_panel<Product, panel_vectors >= 4 ? 4 : 1>(a, rows, panel, steps, chain, out, c_stride, add, ahead);
         break;
     }
   }
@@ -147,11 +152,12 @@ struct ScoreTile {
   Operand<Product> key, value;                          // rows: keys
   const Element *query = nullptr, *grad_out = nullptr;  // panels [panel][step][query]
   int query_steps = 0, value_steps = 0;
-  int count = 0;                                                    // keys that exist
-  int keys = 0, query_vectors = 0;                                  // keys: a multiple of 16
-  const float *lse = nullptr, *weight = nullptr, *delta = nullptr;  // [queries]
-  const float* bias = nullptr;                                      // [keys]; -inf past the last key
-  float scale = 0;                                                  // score = scale * q.k + bias, or
+  int count = 0;                                    // keys that exist
+  int keys = 0, query_vectors = 0;                  // keys: a multiple of 16
+  const float *lse = nullptr, *lse_rest = nullptr;  // [queries]; rest: what rounding to fp32 took from lse
+  const float *weight = nullptr, *delta = nullptr;  // [queries]
+  const float* bias = nullptr;                      // [keys]; -inf past the last key
+  float scale = 0;                                  // score = scale * q.k + bias, or
   float softcap_in = 0, softcap_out = 0;  // score = softcap_out * tanh(softcap_in * q.k) + bias, where softcap_out != 0
   // outputs
   Element* probability = nullptr;       // [key][query] as left operand of dV: weight * P
@@ -168,8 +174,8 @@ SPARSEKIT_INLINE void score_elements(const ScoreTile<Product>& t, int key, int r
                                      const float* scores, const float* grads) {
   for (int v = 0; v < width; ++v) {
     int query = (first + v) * lanes;
-    const Simd::Float lse = Simd::load(t.lse + query), weight = Simd::load(t.weight + query);
-    const Simd::Float delta = Simd::load(t.delta + query);
+    const Simd::Float lse = Simd::load(t.lse + query), lse_rest = Simd::load(t.lse_rest + query);
+    const Simd::Float weight = Simd::load(t.weight + query), delta = Simd::load(t.delta + query);
     for (int r = 0; r < rows; r += 2) {
       Simd::Float p[2], ds[2];
 #pragma GCC unroll 2
@@ -182,7 +188,7 @@ SPARSEKIT_INLINE void score_elements(const ScoreTile<Product>& t, int key, int r
         } else {
           x = Simd::fma(x, Simd::set(t.scale), shift);
         }
-        p[i] = exp2<Product::exp2_degree>(x);
+        p[i] = exp2<Product::exp2_degree>(Simd::sub(x, lse_rest));
         ds[i] = Simd::mul(p[i], Simd::fms(weight, Simd::load(grads + at), delta));
         if (masked) {
           Simd::Mask seen = PairMask::lanes(mask, v, n < t.count ? n : t.count - 1);  // the padding has no position
@@ -209,10 +215,10 @@ void score_panel(const ScoreTile<Product>& t, int first, const PairMask& mask) {
   int64_t panel = int64_t(first) * lanes;
   for (int key = 0; key < t.keys; key += chunk_keys) {
     int rows = t.keys - key < chunk_keys ? t.keys - key : chunk_keys;
-    product_panel<Product, width>(t.key.rows_from(key), rows, t.query + panel * t.query_steps, t.query_steps, scores,
-                                  width * lanes, false, t.ahead);
+    product_panel<Product, width>(t.key.rows_from(key), rows, t.query + panel * t.query_steps, t.query_steps,
+                                  long_chain, scores, width * lanes, false, t.ahead);
     product_panel<Product, width>(t.value.rows_from(key), rows, t.grad_out + panel * t.value_steps, t.value_steps,
-                                  grads, width * lanes, false, t.ahead);
+                                  short_chain<Product>, grads, width * lanes, false, t.ahead);
     score_elements<Product, masked, width>(t, key, rows, first, mask, scores, grads);
   }
 }
