@@ -35,8 +35,8 @@ Status check_row(const NamedList& named, const Row& row, int64_t* last_row) {
     int32_t index = list.indices[row.number * list.capacity + slot];
     if (index < -1 || index >= row.k_blocks) {
       return error(Kind::invalid_argument,
-                   "%s[%lld, %lld, %lld, %d] is %d; supported: -1 (empty) or a key block from 0 to %lld", named.indices, b,
-                   h, m, slot, index, (long long)row.k_blocks - 1);
+                   "%s[%lld, %lld, %lld, %d] is %d; supported: -1 (empty) or a key block from 0 to %lld", named.indices,
+                   b, h, m, slot, index, (long long)row.k_blocks - 1);
     }
     if (!last_row || index < 0) continue;
     if (last_row[index] == row.number) {
@@ -101,8 +101,8 @@ Status attention_check(const AttentionProblem& p) {
                  (long long)p.heads_q, (long long)p.heads_kv);
   }
   if (p.head_dim <= 0 || p.value_dim <= 0) {
-    return error(Kind::invalid_argument, "query, value: head dimensions are %d and %d; supported: 1 and more", p.head_dim,
-                 p.value_dim);
+    return error(Kind::invalid_argument, "query, value: head dimensions are %d and %d; supported: 1 and more",
+                 p.head_dim, p.value_dim);
   }
   if (lists.block_q <= 0 || lists.block_k <= 0) {
     return error(Kind::invalid_argument, "block_size is (%d, %d); supported: positive sizes", lists.block_q,
@@ -122,9 +122,9 @@ Status attention_check(const AttentionProblem& p) {
   }
   int64_t rows = p.packed() ? 0 : ceil_div(p.len_q, lists.block_q);
   if (p.packed() ? lists.q_blocks < ceil_div(p.len_q, lists.block_q) : lists.q_blocks != rows) {
-    return error(Kind::invalid_argument, "kv_num_blocks has %lld rows; supported: %lld, query's length %lld in blocks of %d",
-                 (long long)lists.q_blocks, (long long)ceil_div(p.len_q, lists.block_q), (long long)p.len_q,
-                 lists.block_q);
+    return error(
+        Kind::invalid_argument, "kv_num_blocks has %lld rows; supported: %lld, query's length %lld in blocks of %d",
+        (long long)lists.q_blocks, (long long)ceil_div(p.len_q, lists.block_q), (long long)p.len_q, lists.block_q);
   }
   if (p.packed() && p.batch != 1) {
     return error(Kind::invalid_argument, "query: a packed batch has batch size 1, found %lld", (long long)p.batch);
@@ -146,11 +146,11 @@ Status attention_check(const AttentionProblem& p) {
 Status attention_check_lists(const AttentionProblem& problem, bool duplicates) {
   const BlockLists& lists = problem.lists;
   if (problem.packed()) {
-    Status status = check_cu_seqlens("cu_seqlens_q", problem.cu_seqlens_q, problem.sequences, problem.len_q,
-                                     problem.max_len_q);
+    Status status =
+        check_cu_seqlens("cu_seqlens_q", problem.cu_seqlens_q, problem.sequences, problem.len_q, problem.max_len_q);
     if (status.ok()) {
-      status = check_cu_seqlens("cu_seqlens_k", problem.cu_seqlens_k, problem.sequences, problem.len_k,
-                                problem.max_len_k);
+      status =
+          check_cu_seqlens("cu_seqlens_k", problem.cu_seqlens_k, problem.sequences, problem.len_k, problem.max_len_k);
     }
     if (!status.ok()) return status;
     SequenceWalk walk(problem);
@@ -166,9 +166,10 @@ Status attention_check_lists(const AttentionProblem& problem, bool duplicates) {
   int64_t slots = lists.list_batch * lists.list_heads * lists.q_blocks * lists.partial.capacity;
   for (int64_t slot = 0; slot < slots; ++slot) {
     if (lists.bits_index[slot] < -1 || lists.bits_index[slot] >= lists.bits_count) {
-      return error(Kind::invalid_argument,
-                   "partial_bits_index: entry %lld is %d; supported: -1 (no bits) or 0 to %lld, the masks of partial_bits",
-                   (long long)slot, lists.bits_index[slot], (long long)lists.bits_count - 1);
+      return error(
+          Kind::invalid_argument,
+          "partial_bits_index: entry %lld is %d; supported: -1 (no bits) or 0 to %lld, the masks of partial_bits",
+          (long long)slot, lists.bits_index[slot], (long long)lists.bits_count - 1);
     }
   }
   return {};

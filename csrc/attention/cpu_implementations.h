@@ -8,8 +8,8 @@ namespace sparsekit {
 
 using CpuAttention = AttentionImplementation<ParallelFor>;
 
-extern const CpuAttention attention_cpu_reference;    // reference.cpp: float64 accumulation, takes every valid problem
-extern const CpuAttention attention_cpu_portable;     // cpu_portable.cpp
+extern const CpuAttention attention_cpu_reference;  // reference.cpp: float64 accumulation, takes every valid problem
+extern const CpuAttention attention_cpu_portable;   // cpu_portable.cpp
 #ifdef SPARSEKIT_X86
 extern const CpuAttention attention_cpu_avx2;         // cpu_avx2.cpp
 extern const CpuAttention attention_cpu_avx512;       // cpu_avx512.cpp

@@ -1,7 +1,7 @@
 // The attention entry points of one instruction set: included by cpu_<isa>.cpp after its Simd.
 //
-// What they take: fp32 through FloatProduct; bf16 through Bf16Product where the set has it; else bf16 and fp16 are widened
-// block by block and go the fp32 way. Everything has internal linkage (see csrc/common/cpu/README.md).
+// What they take: fp32 through FloatProduct; bf16 through Bf16Product where the set has it; else bf16 and fp16 are
+// widened block by block and go the fp32 way. Everything has internal linkage (see csrc/common/cpu/README.md).
 #pragma once
 
 #include "attention/cpu_backward.h"

@@ -2,8 +2,8 @@
 //
 //   scores of the keys a row sees -> softmax -> weighted sum of values; backward recomputes the scores
 //
-// Takes every valid problem, also float64 tensors (gradcheck) and block sizes no other backend takes. Memory per thread:
-// one score per key. Other backends are tested against the dense Python reference; this one is too.
+// Takes every valid problem, also float64 tensors (gradcheck) and block sizes no other backend takes. Memory per
+// thread: one score per key. Other backends are tested against the dense Python reference; this one is too.
 #include <cmath>
 #include <vector>
 
@@ -161,7 +161,8 @@ void backward_group(const AttentionBackward& p, int64_t b, int64_t kv_head) {
       if (!softmax.empty()) {
         double out_dot = 0;
         for (int32_t d = 0; d < p.value_dim; ++d) {
-          out_dot += load(p.grad_out.data, go + d, p.dtype) * load(p.out.data, p.out.offset(b, h, row.index) + d, p.dtype);
+          out_dot +=
+              load(p.grad_out.data, go + d, p.dtype) * load(p.out.data, p.out.offset(b, h, row.index) + d, p.dtype);
         }
         // The sink is a key of value 0 outside of lse: lse's gradient spreads by the softmax without it.
         double grad_lse = p.grad_lse_f64 ? p.grad_lse_f64[at] : p.grad_lse ? p.grad_lse[at] : 0.;

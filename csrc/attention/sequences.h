@@ -7,10 +7,10 @@
 namespace sparsekit {
 
 struct Sequence {
-  int64_t q_begin = 0, q_end = 0;    // rows of query
-  int64_t k_begin = 0, k_end = 0;    // rows of key and value
-  int64_t list_row = 0;              // its first row in the block lists
-  int64_t k_block = 0;               // its first block in the transposed lists
+  int64_t q_begin = 0, q_end = 0;  // rows of query
+  int64_t k_begin = 0, k_end = 0;  // rows of key and value
+  int64_t list_row = 0;            // its first row in the block lists
+  int64_t k_block = 0;             // its first block in the transposed lists
   int64_t index = 0;
 
   int64_t len_q() const { return q_end - q_begin; }
@@ -22,8 +22,8 @@ static inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;
 }
 
-/// Walks the sequences of a problem in order. Lengths from cu_seqlens are clamped to the tensors, so that no entry makes
-/// a kernel read out of bounds.
+/// Walks the sequences of a problem in order. Lengths from cu_seqlens are clamped to the tensors, so that no entry
+/// makes a kernel read out of bounds.
 ///   for (SequenceWalk walk(problem); walk.valid(); walk.next()) use(walk.current);
 class SequenceWalk {
  public:

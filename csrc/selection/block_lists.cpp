@@ -54,7 +54,8 @@ void transpose_list_head(const TransposeBlockLists& t, int64_t list_head) {
 
 Status transpose_block_lists(const TransposeBlockLists& arguments, const ParallelFor& parallel) {
   auto body = [](int64_t first, int64_t last, void* context) {
-    for (int64_t at = first; at < last; ++at) transpose_list_head(*static_cast<const TransposeBlockLists*>(context), at);
+    for (int64_t at = first; at < last; ++at)
+      transpose_list_head(*static_cast<const TransposeBlockLists*>(context), at);
   };
   const BlockLists& lists = arguments.problem.lists;
   parallel(0, lists.list_batch * lists.list_heads, 1, body, const_cast<TransposeBlockLists*>(&arguments));

@@ -69,9 +69,9 @@ struct AttentionOps {
     return run_forward(tensors);
   }
 
-  static Gradients backward(Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out,
-                            Tensor lse, SPARSEKIT_LIST_PARAMETERS, SPARSEKIT_OPTION_PARAMETERS, bool key_bias_grad,
-                            bool deterministic) {
+  static Gradients backward(Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value,
+                            Tensor out, Tensor lse, SPARSEKIT_LIST_PARAMETERS, SPARSEKIT_OPTION_PARAMETERS,
+                            bool key_bias_grad, bool deterministic) {
     AttentionTensors tensors;
     tensors.set_qkv(query, key, value, scale);
     tensors.set_lists(kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, partial_bits, partial_bits_index,
@@ -96,7 +96,8 @@ struct AttentionOps {
 
   static Outputs merge(std::vector<Tensor> outs, std::vector<Tensor> lses) {
     if (outs.empty() || outs.size() != lses.size()) {
-      fail("outs and lses have %zu and %zu tensors; supported: the same number, at least one", outs.size(), lses.size());
+      fail("outs and lses have %zu and %zu tensors; supported: the same number, at least one", outs.size(),
+           lses.size());
     }
     AttentionMerge merge;
     std::vector<InputView> views;
@@ -134,9 +135,7 @@ struct AttentionOps {
   }
 
  private:
-  static std::vector<int64_t> sizes_of(const Tensor& tensor) {
-    return {tensor.sizes().begin(), tensor.sizes().end()};
-  }
+  static std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 
   /// lse of a query: float32 [batch, heads, rows] ([heads, rows] when packed); float64 for float64 tensors.
   static std::vector<int64_t> lse_sizes(const Tensor& query) {
@@ -194,8 +193,8 @@ struct AttentionOps {
     Tensor grad_key = empty_in_order_of(key, sizes_of(key));
     Tensor grad_value = empty_in_order_of(value, sizes_of(value));
     std::vector<int64_t> none = {0};
-    Tensor grad_key_bias = empty_on(
-        query, key_bias_grad ? std::vector<int64_t>{p.batch, p.heads_q, p.len_k} : none, ScalarType::Float);
+    Tensor grad_key_bias =
+        empty_on(query, key_bias_grad ? std::vector<int64_t>{p.batch, p.heads_q, p.len_k} : none, ScalarType::Float);
     Tensor grad_sinks =
         empty_on(query, tensors.has_sinks ? std::vector<int64_t>{p.batch, p.heads_q} : none, ScalarType::Float);
     p.grad_query = heads_view<OutputView>(grad_query);
@@ -209,7 +208,7 @@ struct AttentionOps {
 };
 
 /// Registers the ops of a backend under its dispatch key.
-#define SPARSEKIT_REGISTER_ATTENTION(m, Backend)                                                   \
+#define SPARSEKIT_REGISTER_ATTENTION(m, Backend)                                                  \
   m.impl("block_sparse_attn", TORCH_BOX(AttentionOps<Backend>::forward));                         \
   m.impl("block_sparse_attn_backward", TORCH_BOX(AttentionOps<Backend>::backward));               \
   m.impl("block_sparse_attn_varlen", TORCH_BOX(AttentionOps<Backend>::forward_varlen));           \

@@ -10,8 +10,7 @@ namespace sparsekit {
 #define SPARSEKIT_LIST_PARAMETERS                                                                             \
   Tensor kv_num_blocks, Tensor kv_indices, OptionalTensor full_kv_num_blocks, OptionalTensor full_kv_indices, \
       OptionalTensor partial_bits, OptionalTensor partial_bits_index, std::vector<int64_t> block_size
-#define SPARSEKIT_PACKED_PARAMETERS \
-  Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k
+#define SPARSEKIT_PACKED_PARAMETERS Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k
 
 /// Checked tensors, kept alive while the problem points into them.
 class BlockListTensors {

@@ -1,6 +1,6 @@
 // What would run, for sparsekit.info(): the CPU's instruction sets and its attention plan.
-#include "common/cpu/features.h"
 #include "torch/info.h"
+#include "common/cpu/features.h"
 
 namespace sparsekit {
 namespace {

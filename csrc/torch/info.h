@@ -8,7 +8,7 @@
 
 namespace sparsekit {
 
-#define SPARSEKIT_PLAN_PARAMETERS                                                                                \
+#define SPARSEKIT_PLAN_PARAMETERS \
   ScalarType dtype, int64_t head_dim, int64_t value_dim, std::vector<int64_t> block_size, bool backward, bool packed
 
 /// A small problem of this kind: refusals depend on dtype, dimensions, blocks and packing, not on lengths.

@@ -60,8 +60,8 @@ struct SelectionOps {
   }
 };
 
-#define SPARSEKIT_REGISTER_SELECTION(m, Backend)                                               \
-  m.impl("block_lists_from_bool", TORCH_BOX(SelectionOps<Backend>::block_lists_from_bool));    \
+#define SPARSEKIT_REGISTER_SELECTION(m, Backend)                                            \
+  m.impl("block_lists_from_bool", TORCH_BOX(SelectionOps<Backend>::block_lists_from_bool)); \
   m.impl("transpose_block_lists", TORCH_BOX(SelectionOps<Backend>::transpose_block_lists))
 
 }  // namespace sparsekit

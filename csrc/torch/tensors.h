@@ -57,8 +57,8 @@ static inline Tensor aligned(const Tensor& tensor) {
   return tensor.is_contiguous() ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor);
 }
 
-/// Uninitialised `[batch, heads, rows, dim]` (packed: `[rows, heads, dim]`) with the dimension order of `like` in memory
-/// and no gaps. `fake kernels` in python/sparsekit/_registrations.py compute the same strides.
+/// Uninitialised `[batch, heads, rows, dim]` (packed: `[rows, heads, dim]`) with the dimension order of `like` in
+/// memory and no gaps. `fake kernels` in python/sparsekit/_registrations.py compute the same strides.
 static inline Tensor empty_in_order_of(const Tensor& like, const std::vector<int64_t>& sizes) {
   int64_t dims = like.dim();
   std::vector<int64_t> order, strides(sizes.size());
@@ -120,9 +120,10 @@ static inline void require_size(const Tensor& tensor, int64_t dim, int64_t size,
 
 static inline Tensor contiguous_of(const Tensor& tensor, ScalarType type, const char* name) {
   if (tensor.scalar_type() != type) {
-    fail("%s has the wrong dtype; supported: %s", name, type == ScalarType::Int    ? "int32"
-                                                        : type == ScalarType::Bool ? "bool"
-                                                                                   : "float32");
+    fail("%s has the wrong dtype; supported: %s", name,
+         type == ScalarType::Int    ? "int32"
+         : type == ScalarType::Bool ? "bool"
+                                    : "float32");
   }
   return torch::stable::contiguous(tensor);
 }

@@ -26,8 +26,8 @@ struct BlockList {
 
 /// Which keys each query block attends to, in the tensors of FlexAttention's BlockMask.
 struct BlockLists {
-  BlockList partial;  // blocks that need masking (bits, causal, window)
-  BlockList full;     // blocks that need none
+  BlockList partial;       // blocks that need masking (bits, causal, window)
+  BlockList full;          // blocks that need none
   int64_t list_batch = 1;  // 1 or batch
   int64_t list_heads = 1;  // 1, heads_kv or heads_q
   int64_t q_blocks = 0;    // rows of the lists (varlen: of all sequences one after the other, each rounded up)
@@ -67,18 +67,19 @@ struct AttentionProblem {
   BlockLists lists;
 
   float scale = 1.f;
-  float softcap = 0.f;  // 0: none
-  bool causal = false;  // bottom right aligned: position of row i is i + len_k - len_q
+  float softcap = 0.f;                          // 0: none
+  bool causal = false;                          // bottom right aligned: position of row i is i + len_k - len_q
   int64_t window_left = -1, window_right = -1;  // a row at p sees keys p - left .. p + right; -1: unlimited
 
-  const float* key_bias = nullptr;  // [batch|1, heads_q|1, len_k], added to the score; -inf allowed
+  const float* key_bias = nullptr;                // [batch|1, heads_q|1, len_k], added to the score; -inf allowed
   int64_t key_bias_batch = 0, key_bias_head = 0;  // strides in elements, 0 where broadcast
-  const float* sinks = nullptr;  // [heads_q]
-  const int32_t* query_positions = nullptr;  // [batch|1, len_q]
-  const int32_t* key_positions = nullptr;    // [batch|1, len_k]
+  const float* sinks = nullptr;                   // [heads_q]
+  const int32_t* query_positions = nullptr;       // [batch|1, len_q]
+  const int32_t* key_positions = nullptr;         // [batch|1, len_k]
   int64_t query_positions_batch = 0, key_positions_batch = 0;
 
-  // Packed batch: batch == 1, sequence s owns rows cu_seqlens[s] .. cu_seqlens[s + 1). Positions and bias are packed too.
+  // Packed batch: batch == 1, sequence s owns rows cu_seqlens[s] .. cu_seqlens[s + 1). Positions and bias are packed
+  // too.
   const int32_t* cu_seqlens_q = nullptr;  // [sequences + 1]
   const int32_t* cu_seqlens_k = nullptr;
   int64_t sequences = 0;
@@ -93,16 +94,16 @@ struct AttentionProblem {
 };
 
 struct AttentionForward : AttentionProblem {
-  OutputView out;        // [batch, heads_q, len_q, value_dim]
-  float* lse = nullptr;  // [batch, heads_q, len_q], contiguous
+  OutputView out;             // [batch, heads_q, len_q, value_dim]
+  float* lse = nullptr;       // [batch, heads_q, len_q], contiguous
   double* lse_f64 = nullptr;  // instead of lse where dtype is f64
 };
 
 /// Gradients. The caller passes lse and out as forward returned them; grad_lse may be null (zero).
 struct AttentionBackward : AttentionProblem {
   InputView out, grad_out;
-  const float* lse = nullptr;       // [batch, heads_q, len_q]
-  const float* grad_lse = nullptr;  // [batch, heads_q, len_q] or null
+  const float* lse = nullptr;            // [batch, heads_q, len_q]
+  const float* grad_lse = nullptr;       // [batch, heads_q, len_q] or null
   const double* grad_lse_f64 = nullptr;  // instead of grad_lse where dtype is f64 (lse is not read there)
   BlockTranspose transpose;
   bool deterministic = false;  // the CPU kernels always are
@@ -173,7 +174,7 @@ struct AttentionMerge {
   DType dtype = DType::f32;
   int64_t count = 0, batch = 0, heads = 0, rows = 0;
   int32_t value_dim = 0;
-  const InputView* outs = nullptr;    // [count] views of [batch, heads, rows, value_dim] (host array)
+  const InputView* outs = nullptr;     // [count] views of [batch, heads, rows, value_dim] (host array)
   const float* const* lses = nullptr;  // [count] pointers to contiguous [batch, heads, rows] (host array)
   OutputView out;
   float* lse = nullptr;

@@ -5,10 +5,10 @@
 
 namespace sparsekit {
 
-/// The transposed lists of `problem.lists` (see BlockTranspose), which backward walks. Slots that are empty (-1), out of
-/// range or beyond the count are left out; slots of one key block ascend. `problem` gives the lists, the lengths and,
-/// for packed batches, cu_seqlens; its tensors query, key, value are not read.
-/// Packed: key block n of sequence s is number sum_{t<s} ceil(len_k[t] / block_k) + n.
+/// The transposed lists of `problem.lists` (see BlockTranspose), which backward walks. Slots that are empty (-1), out
+/// of range or beyond the count are left out; slots of one key block ascend. `problem` gives the lists, the lengths
+/// and, for packed batches, cu_seqlens; its tensors query, key, value are not read. Packed: key block n of sequence s
+/// is number sum_{t<s} ceil(len_k[t] / block_k) + n.
 struct TransposeBlockLists {
   AttentionProblem problem;
   int32_t* offsets = nullptr;  // [list_batch, list_heads, k_blocks + 1]
