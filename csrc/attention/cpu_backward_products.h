@@ -64,10 +64,9 @@ SPARSEKIT_INLINE void multiply(const Operand<Product>& a, const typename Product
 
 /// Steps that one sum runs over before it is added to C. The product dO V^T ends its sums early in fp32: at head
 /// dimension 256 the rounding of one long sum showed where dP - delta cancels (7 times dense attention's largest
-/// error). Scores must not: they repeat forward's order, so that what rounding did to a large score it did to lse, too.
-constexpr int long_chain = 1 << 30;
+/// error). Scores (score_chain) do not: they repeat forward's order, so that what rounding did to a large score it did to lse, too.
 template <class Product>
-constexpr int short_chain = Product::pair == 1 ? 64 : long_chain;
+constexpr int gradient_chain = Product::pair == 1 ? 64 : 1 << 30;
 
 /// `rows` x (width vectors) of C, overwritten or added to.
 template <class Product, int rows, int width>
@@ -128,7 +127,7 @@ void product(const Operand<Product>& a, int rows, const typename Product::Elemen
     width = panel_width(first, vectors);
     const typename Product::Element* panel = b + int64_t(first) * lanes * steps;
     float* out = c + first * lanes;
-    constexpr int chain = short_chain<Product>;
+    constexpr int chain = gradient_chain<Product>;
     switch (width) {
       case 1: product_panel<Product, 1>(a, rows, panel, steps, chain, out, c_stride, add, ahead); break;
       case 2: product_panel<Product, 2>(a, rows, panel, steps, chain, out, c_stride, add, ahead); break;
@@ -216,9 +215,9 @@ void score_panel(const ScoreTile<Product>& t, int first, const PairMask& mask) {
   for (int key = 0; key < t.keys; key += chunk_keys) {
     int rows = t.keys - key < chunk_keys ? t.keys - key : chunk_keys;
     product_panel<Product, width>(t.key.rows_from(key), rows, t.query + panel * t.query_steps, t.query_steps,
-                                  long_chain, scores, width * lanes, false, t.ahead);
+                                  score_chain, scores, width * lanes, false, t.ahead);
     product_panel<Product, width>(t.value.rows_from(key), rows, t.grad_out + panel * t.value_steps, t.value_steps,
-                                  short_chain<Product>, grads, width * lanes, false, t.ahead);
+                                  gradient_chain<Product>, grads, width * lanes, false, t.ahead);
     score_elements<Product, masked, width>(t, key, rows, first, mask, scores, grads);
   }
 }

@@ -81,43 +81,48 @@ static void multiply_keys(const LoadedSegment& segment, const typename Product::
       int at = n + i < segment.keys.count ? n + i : segment.keys.count - 1;
       row[i] = reinterpret_cast<const Element*>(segment.key + at * segment.key_stride);
     }
-    Simd::Float sum[sets][keys][registers];
-#pragma GCC unroll 2
-    for (int set = 0; set < sets; ++set)
-#pragma GCC unroll 16
-      for (int i = 0; i < keys; ++i)
-#pragma GCC unroll 4
-        for (int j = 0; j < registers; ++j) sum[set][i][j] = Simd::zero();
     const Element* query = queries;
-    int d = 0;
-    for (; d + sets <= steps; d += sets, query += sets * width) {
+    for (int first = 0; first < steps; first += score_chain) {
+      const int last = int(smaller(first + score_chain, steps));
+      Simd::Float sum[sets][keys][registers];
 #pragma GCC unroll 2
-      for (int set = 0; set < sets; ++set) {
-        typename Product::Operand q[registers];
-#pragma GCC unroll 4
-        for (int j = 0; j < registers; ++j) q[j] = Product::load(query + set * width + j * Simd::lanes);
+      for (int set = 0; set < sets; ++set)
 #pragma GCC unroll 16
-        for (int i = 0; i < keys; ++i) {
-          typename Product::Operand k = Product::broadcast(row[i] + d + set);
-          if (registers > 1) Simd::hold(k);
+        for (int i = 0; i < keys; ++i)
 #pragma GCC unroll 4
-          for (int j = 0; j < registers; ++j) sum[set][i][j] = Product::madd(k, q[j], sum[set][i][j]);
+          for (int j = 0; j < registers; ++j) sum[set][i][j] = Simd::zero();
+      int d = first;
+      for (; d + sets <= last; d += sets, query += sets * width) {
+#pragma GCC unroll 2
+        for (int set = 0; set < sets; ++set) {
+          typename Product::Operand q[registers];
+#pragma GCC unroll 4
+          for (int j = 0; j < registers; ++j) q[j] = Product::load(query + set * width + j * Simd::lanes);
+#pragma GCC unroll 16
+          for (int i = 0; i < keys; ++i) {
+            typename Product::Operand k = Product::broadcast(row[i] + d + set);
+            if (registers > 1) Simd::hold(k);
+#pragma GCC unroll 4
+            for (int j = 0; j < registers; ++j) sum[set][i][j] = Product::madd(k, q[j], sum[set][i][j]);
+          }
         }
       }
-    }
-    if (sets == 2 && d < steps) {
+      if (sets == 2 && d < last) {
+#pragma GCC unroll 16
+        for (int i = 0; i < keys; ++i)
+          sum[0][i][0] = Product::madd(Product::broadcast(row[i] + d), Product::load(query), sum[0][i][0]);
+      }
 #pragma GCC unroll 16
       for (int i = 0; i < keys; ++i)
-        sum[0][i][0] = Product::madd(Product::broadcast(row[i] + d), Product::load(query), sum[0][i][0]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < keys; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < registers; ++j) {
-        if (sets == 2) sum[0][i][j] = Simd::add(sum[0][i][j], sum[sets - 1][i][j]);
-        Simd::store(scores + (n + i) * width + j * Simd::lanes, sum[0][i][j]);
-        highest[j] = Simd::max(highest[j], sum[0][i][j]);
-      }
+        for (int j = 0; j < registers; ++j) {
+          float* score = scores + (n + i) * width + j * Simd::lanes;
+          if (sets == 2) sum[0][i][j] = Simd::add(sum[0][i][j], sum[sets - 1][i][j]);
+          if (first > 0) sum[0][i][j] = Simd::add(Simd::load(score), sum[0][i][j]);
+          Simd::store(score, sum[0][i][j]);
+          if (last == steps) highest[j] = Simd::max(highest[j], sum[0][i][j]);
+        }
+    }
     Prefetch::step(prefetch, keys);
   }
   for (int j = 0; j < registers; ++j) most[j] = highest[j];

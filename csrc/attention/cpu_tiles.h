@@ -15,6 +15,7 @@ namespace sparsekit {
 namespace {
 
 constexpr int segment_keys = 128;
+constexpr int score_chain = 128;  // steps of q.k summed in one go: one chain over 256 dims has twice the error of SDPA
 constexpr int tile_registers = Simd::registers == 32 ? 4 : 2;  // vectors of queries in a tile, at most
 constexpr int tile_lanes = tile_registers * Simd::lanes;       // queries in a tile, at most
 
