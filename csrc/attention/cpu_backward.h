@@ -10,8 +10,8 @@
 //
 // Query tiles are packed once per call, by a first pass that also makes delta: both operands, each with queries in the
 // lanes and with the head dimension in the lanes. Memory: that, and dQ in fp32, O(tokens * D), for as many heads at a
-// time as fit `scratch_bytes`. Bound: FMA throughput; elementwise work is about 20 instructions per 16 scores, against
-// 10 D / pair / 2 FMAs' cycles.
+// time as fit `scratch_bytes`. Bound: multiply-adds, 5 D / pair vectors of them per 16 scores, beside about 20
+// elementwise instructions. What was measured: docs/attention-performance-cpu.md.
 #pragma once
 
 #include <math.h>
