@@ -62,7 +62,8 @@ struct LoadedSegment {
 };
 
 /// Rows of keys in a tile of scores. One vector of queries takes two sets of accumulators over 8 rows, for even and odd
-/// steps: 16 row pointers do not fit the registers.
+/// pairs of bf16: 16 row pointers do not fit the registers. fp32 keeps one set: backward repeats its order of summation,
+/// so that what rounding did to a score of 50 it did to lse, too.
 constexpr int tile_keys(int n) { return tile_rows(n) < 8 ? tile_rows(n) : 8; }
 
 /// scores[n][lane] = k_n . q_lane for the keys of a segment; rows past its end repeat the last key. `most` collects the
@@ -72,7 +73,7 @@ static void multiply_keys(const LoadedSegment& segment, const typename Product::
                           float* scores, Simd::Float* most, Prefetch* prefetch) {
   using Element = typename Product::Element;
   constexpr int keys = tile_keys(registers), width = registers * Simd::lanes;
-  constexpr int sets = registers == 1 && Simd::registers == 32 ? 2 : 1;
+  constexpr int sets = registers == 1 && Simd::registers == 32 && Product::pair == 2 ? 2 : 1;
   Simd::Float highest[registers];
   for (int j = 0; j < registers; ++j) highest[j] = most[j];
   for (int n = 0; n < segment.keys.padded; n += keys) {
