@@ -64,7 +64,8 @@ SPARSEKIT_INLINE void multiply(const Operand<Product>& a, const typename Product
 
 /// Steps that one sum runs over before it is added to C. The product dO V^T ends its sums early in fp32: at head
 /// dimension 256 the rounding of one long sum showed where dP - delta cancels (7 times dense attention's largest
-/// error). Scores (score_chain) do not: they repeat forward's order, so that what rounding did to a large score it did to lse, too.
+/// error). Scores (score_chain) do not: they repeat forward's order, so that what rounding did to a large score it did
+/// to lse, too.
 template <class Product>
 constexpr int gradient_chain = Product::pair == 1 ? 64 : 1 << 30;
 

@@ -62,8 +62,8 @@ struct LoadedSegment {
 };
 
 /// Rows of keys in a tile of scores. One vector of queries takes two sets of accumulators over 8 rows, for even and odd
-/// pairs of bf16: 16 row pointers do not fit the registers. fp32 keeps one set: backward repeats its order of summation,
-/// so that what rounding did to a score of 50 it did to lse, too.
+/// pairs of bf16: 16 row pointers do not fit the registers. fp32 keeps one set: backward repeats its order of
+/// summation, so that what rounding did to a score of 50 it did to lse, too.
 constexpr int tile_keys(int n) { return tile_rows(n) < 8 ? tile_rows(n) : 8; }
 
 /// scores[n][lane] = k_n . q_lane for the keys of a segment; rows past its end repeat the last key. `most` collects the
