@@ -1,0 +1,451 @@
+// One thread's share of the CPU forward: takes items one after the other (see cpu_forward.h), each the tiles of some
+// query blocks against the union of their lists.
+//
+// Blocks of the union are loaded in groups that stay in L2: V interleaved into panels, 16-bit inputs without a product
+// of their own widened, unless that was done beforehand for all items (KeyValueLayout). Then every tile takes what it
+// lists of the group, at most `segment_keys` keys to a softmax, while the next group is prefetched.
+#pragma once
+
+#include "attention/cpu_forward_kernels.h"
+
+namespace sparsekit {
+namespace {
+
+constexpr int item_queries = 256;  // queries that share what is read of K and V
+constexpr int most_tiles = item_queries / 16 + item_queries / Simd::lanes;
+constexpr int group_limit = 1024;  // keys of a group, at most
+constexpr int group_entries = group_limit / 16 * (item_queries / 16);
+constexpr int64_t group_bytes = 512 << 10;  // half of a 1 MB L2: the rest holds queries, scores and outputs
+
+/// Queries first ... first + count of a sequence: whole query blocks, or a part of one; of `heads` heads from `head` on
+/// that share their keys and their lists.
+struct ForwardItem {
+  int64_t batch, head, sequence, first;
+  int32_t count, heads;
+};
+
+/// One block of the union, for one query block of the item.
+struct ForwardEntry {
+  int32_t block;
+  int32_t bits;  // bits_index, -1 for none
+  int32_t row;   // which query block of the item
+  bool masked;   // of the partial list
+};
+
+struct ForwardCall {
+  const AttentionForward* p;
+  const Sequence* sequences;
+  int64_t sequence_count;
+  const ForwardItem* items;
+  const Ranked* order;  // items, longest first
+  int64_t item_count;
+  int64_t most_entries;  // of one item
+  int64_t next;          // the work counter
+  int64_t out_of_memory;
+  // Keys and values of all heads packed beforehand, or null: [batch][heads_kv][packed_rows], where each sequence begins
+  // at packed_row[sequence], padded to multiples of 16 rows.
+  char* packed_keys;
+  char* packed_values;
+  const int64_t* packed_row;
+  int64_t packed_rows;
+  int64_t k_blocks;  // of all sequences
+};
+
+/// How keys and values are packed for the kernels.
+template <class Product, DType dtype>
+struct KeyValueLayout {
+  using Element = typename Product::Element;
+
+  static bool keys_in_place(const AttentionProblem& p) {
+    return Rows<Product, dtype>::keys_in_place && p.head_dim % Product::pair == 0;
+  }
+  static void pack_keys(const AttentionProblem& p, int64_t b, int64_t kv_head, const KeySegment& s, Element* to) {
+    pack_rows<Product, dtype>(row_of<dtype>(p.key, b, kv_head, s.key), p.key.row * size_of(dtype), s.count, p.head_dim,
+                              to);
+  }
+  static void pack_values(const AttentionProblem& p, int64_t b, int64_t kv_head, const KeySegment& s, Element* to) {
+    pack_panels<Product, dtype>(row_of<dtype>(p.value, b, kv_head, s.key), p.value.row * size_of(dtype), s.count,
+                                s.padded, p.value_dim, to);
+  }
+  static int64_t key_bytes(const AttentionProblem& p) {
+    return ceil_div(p.head_dim, Product::pair) * int64_t(sizeof(Element));
+  }
+  static int64_t value_bytes(const AttentionProblem& p) {
+    return round_up(p.value_dim, panel) * int64_t(sizeof(Element)) / Product::pair;
+  }
+};
+
+/// Packs key blocks first ... last of all (batch, kv_head), counted through.
+template <class Product, DType dtype>
+static void pack_blocks(int64_t first, int64_t last, void* context) {
+  using Layout = KeyValueLayout<Product, dtype>;
+  const ForwardCall& call = *static_cast<const ForwardCall*>(context);
+  const AttentionForward& p = *call.p;
+  for (int64_t i = first, s = 0; i < last; ++i) {
+    int64_t head = i / call.k_blocks, b = head / p.heads_kv, kv_head = head % p.heads_kv, block = i % call.k_blocks;
+    if (block < call.sequences[s].k_block) s = 0;
+    while (block >= call.sequences[s].k_block + ceil_div(call.sequences[s].len_k(), p.lists.block_k)) ++s;
+    const Sequence& sequence = call.sequences[s];
+    for (int part = 0; part * segment_keys < p.lists.block_k; ++part) {
+      KeySegment keys = key_segment(p, sequence, b, block - sequence.k_block, part);
+      if (keys.count <= 0) break;
+      int64_t row = head * call.packed_rows + call.packed_row[s] + keys.key - sequence.k_begin;
+      using Element = typename Product::Element;
+      if (call.packed_keys) {
+        Layout::pack_keys(p, b, kv_head, keys,
+                          reinterpret_cast<Element*>(call.packed_keys + row * Layout::key_bytes(p)));
+      }
+      Layout::pack_values(p, b, kv_head, keys,
+                          reinterpret_cast<Element*>(call.packed_values + row * Layout::value_bytes(p)));
+    }
+  }
+}
+
+/// One thread's work: its scratch memory and the item at hand.
+template <class Product, DType dtype>
+class ForwardWorker {
+ public:
+  using Element = typename Product::Element;
+  using Layout = KeyValueLayout<Product, dtype>;
+
+  explicit ForwardWorker(const ForwardCall& call) : call_(call), p_(*call.p) {
+    const BlockLists& lists = p_.lists;
+    steps_ = ceil_div(p_.head_dim, Product::pair);
+    value_dim_ = round_up(p_.value_dim, panel);
+    element_size_ = size_of(dtype);
+    keys_in_place_ = Layout::keys_in_place(p_);
+    // Blocks smaller than a segment are gathered until tiles that list few of them have enough keys for a softmax.
+    int64_t fitting =
+        clamp(group_bytes / (steps_ * Product::pair + value_dim_) / (4 / Product::pair), segment_keys, group_limit);
+    group_keys_ = lists.block_k >= segment_keys ? segment_keys : fitting;
+    transform_.needed = p_.softcap > 0 || p_.key_bias || !(p_.scale > 0);
+    transform_.scale = p_.scale;
+    transform_.softcap = p_.softcap;
+    unit_ = transform_.needed ? 1.f : p_.scale * log2_e;
+
+    queries_ = reserve<Element>(item_queries_padded() * steps_);
+    outputs_ = reserve<float>(item_queries_padded() * value_dim_);
+    scores_ = reserve<float>(segment_keys * tile_lanes);
+    values_ = reserve<Element>(call.packed_values ? 0 : group_keys_ / Product::pair * value_dim_);
+    keys_ = reserve<Element>(keys_in_place_ || call.packed_keys ? 0 : group_keys_ * steps_ + Simd::lanes);
+    bias_ = reserve<float>(p_.key_bias ? group_keys_ : 0);
+    maximum_ = reserve<float>(item_queries_padded());
+    sum_ = reserve<float>(item_queries_padded());
+    entries_ = reserve<ForwardEntry>(call.most_entries);
+    ranked_ = reserve<Ranked>(call.most_entries);
+    spare_ = reserve<Ranked>(call.most_entries);
+    ready_ = arena_.allocate();
+  }
+  void release() { arena_.release(); }
+  bool ready() const { return ready_; }
+
+  void run(const ForwardItem& item) {
+    item_ = item;
+    sequence_ = call_.sequences[item.sequence];
+    kv_head_ = item.head / (p_.heads_q / p_.heads_kv);
+    set_tiles();
+    gather_entries();
+    for (int64_t at = 0; at < entry_count_;) at = run_group(at);
+    for (int t = 0; t < tile_count_; ++t) store_tile(t);
+  }
+
+ private:
+  template <class T>
+  int64_t reserve(int64_t count) {
+    return arena_.reserve(count * int64_t(sizeof(T)));
+  }
+  template <class T>
+  T* at(int64_t offset) const {
+    return reinterpret_cast<T*>(arena_.data + offset);
+  }
+  /// Only a sequence's last tile can have lanes without a query: blocks are multiples of 16.
+  static constexpr int64_t item_queries_padded() { return item_queries + Simd::lanes; }
+
+  void set_tiles() {
+    tile_count_ = 0;
+    int64_t lane = 0;
+    int64_t block_q = p_.lists.block_q, end = item_.first + item_.count;
+    for (int64_t query = item_.first; query < end;) {
+      int64_t block_end = (query / block_q + 1) * block_q;
+      const int queries = int(smaller(smaller(block_end, end) - query, tile_lanes));  // times heads: they fit
+      int t = tile_count_++;
+      set_tile(p_, sequence_, item_.batch, sequence_.q_begin + query, queries, &tiles_[t], item_.heads);
+      tile_row_[t] = int32_t(query / block_q - item_.first / block_q);
+      tile_lane_[t] = lane;
+      int width = tiles_[t].width();
+      auto row_at = [&](int i) {
+        return row_of<dtype>(p_.query, item_.batch, item_.head + i / queries, tiles_[t].query + i % queries);
+      };
+      pack_lanes<Product, dtype>(row_at, tiles_[t].rows, width, p_.head_dim, at<Element>(queries_) + lane * steps_);
+      for (int i = 0; i < width; ++i) {
+        at<float>(maximum_)[lane + i] = -__builtin_inff();
+        at<float>(sum_)[lane + i] = 0;
+      }
+      memset(at<float>(outputs_) + lane * value_dim_, 0, size_t(width * value_dim_) * sizeof(float));
+      lane += width;
+      query += queries;
+    }
+  }
+
+  /// The list entries of all query blocks of the item, by key block and then by query block.
+  void gather_entries() {
+    entry_count_ = 0;
+    if (sequence_.list_row < 0) return;  // rows of a packed batch that belong to no sequence
+    int64_t block_q = p_.lists.block_q, block = item_.first / block_q;
+    for (int row = 0; (block + row) * block_q < item_.first + item_.count; ++row) {
+      int64_t number = list_row(p_, item_.batch, item_.head, sequence_.list_row + block + row);
+      gather_list(p_.lists.partial, number, row, true);
+      gather_list(p_.lists.full, number, row, false);
+    }
+    sort(at<Ranked>(ranked_), at<Ranked>(spare_), entry_count_);
+  }
+
+  void gather_list(const BlockList& list, int64_t number, int row, bool masked) {
+    const int64_t blocks = ceil_div(sequence_.len_k(), p_.lists.block_k);
+    for (int32_t slot = 0, count = list_count(list, number); slot < count; ++slot) {
+      int64_t place = number * list.capacity + slot;
+      int32_t block = list.indices[place];
+      if (block < 0 || block >= blocks) continue;
+      at<ForwardEntry>(entries_)[entry_count_] = {
+          block, masked && p_.lists.bits_index ? p_.lists.bits_index[place] : -1, row, masked};
+      at<Ranked>(ranked_)[entry_count_] = {uint64_t(block) << 16 | uint64_t(row), int32_t(entry_count_)};
+      ++entry_count_;
+    }
+  }
+
+  const ForwardEntry& entry(int64_t rank) const { return at<ForwardEntry>(entries_)[at<Ranked>(ranked_)[rank].value]; }
+
+  /// Loads blocks from entry `first` on until the group is full and lets every tile use those it lists.
+  int64_t run_group(int64_t first) {
+    int64_t last = first;
+    const int parts = int(ceil_div(p_.lists.block_k, segment_keys));
+    for (int part = 0; part < parts; ++part) {
+      last = first;
+      group_size_ = 0;
+      for (int64_t used = 0; last < entry_count_ && used + p_.lists.block_k / parts <= group_keys_;) {
+        int32_t block = entry(last).block;
+        load_segment(block, part, used);
+        used += p_.lists.block_k;
+        for (; last < entry_count_ && entry(last).block == block && last - first < group_entries; ++last) {
+          segment_of_[last - first] = group_size_ - 1;
+        }
+        if (last - first == group_entries) break;  // blocks that are listed twice, a caller's error
+      }
+      if (group_size_ == 0) break;  // the block's end lies past the sequence's
+      rank_by_row(first, last);
+      announce(part + 1 < parts ? first : last, part + 1 < parts ? part + 1 : 0);
+      for (int t = 0; t < tile_count_; ++t) run_tile(t);
+    }
+    return last;
+  }
+
+  /// The group's entries by query block: what each tile walks.
+  void rank_by_row(int64_t first, int64_t last) {
+    memset(row_end_, 0, sizeof row_end_);
+    for (int64_t rank = first; rank < last; ++rank) ++row_end_[entry(rank).row];
+    for (int row = 1; row < item_queries / 16; ++row) row_end_[row] += row_end_[row - 1];
+    for (int64_t rank = last; rank-- > first;) {
+      const ForwardEntry& e = entry(rank);
+      by_row_[--row_end_[e.row]] = {e.bits, int16_t(segment_of_[rank - first]), e.masked};
+    }
+    for (int row = 0; row + 1 < item_queries / 16; ++row) row_end_[row] = row_end_[row + 1];  // begins to ends
+    row_end_[item_queries / 16 - 1] = int(last - first);
+  }
+
+  /// Makes the keys and values of a segment ready, at place `used` (in keys) of the group if they are packed now.
+  void load_segment(int64_t block, int part, int64_t used) {
+    LoadedSegment& s = group_[group_size_];
+    s.keys = key_segment(p_, sequence_, item_.batch, block, part);
+    if (s.keys.count <= 0) return;
+    ++group_size_;
+    s.key = key_row(s.keys.key);
+    s.key_stride = key_stride();
+    if (!keys_in_place_ && !call_.packed_keys) {
+      Element* packed = at<Element>(keys_) + used * steps_;
+      Layout::pack_keys(p_, item_.batch, kv_head_, s.keys, packed);
+      s.key = reinterpret_cast<const char*>(packed);
+    }
+    s.values = value_row(s.keys.key);
+    if (!call_.packed_values) {
+      Element* packed = at<Element>(values_) + used / Product::pair * value_dim_;
+      Layout::pack_values(p_, item_.batch, kv_head_, s.keys, packed);
+      s.values = packed;
+    }
+    s.bias = nullptr;
+    if (p_.key_bias) {
+      const float* from = p_.key_bias + item_.batch * p_.key_bias_batch + item_.head * p_.key_bias_head + s.keys.key;
+      float* bias = at<float>(bias_) + used;
+      for (int n = 0; n < s.keys.count; ++n) {
+        // The lowest finite bias stays finite: a row that sees only such keys weighs them evenly.
+        float scaled = from[n] * log2_e;
+        bias[n] = scaled < -__FLT_MAX__ && from[n] >= -__FLT_MAX__ ? -__FLT_MAX__ : scaled;
+      }
+      s.bias = bias;
+    }
+  }
+
+  /// Where row `key` stands before this item packs anything, and the bytes from one to the next.
+  const char* key_row(int64_t key) const {
+    if (keys_in_place_ || !call_.packed_keys) return row_of<dtype>(p_.key, item_.batch, kv_head_, key);
+    return call_.packed_keys + packed_row(key) * steps_ * int64_t(sizeof(Element));
+  }
+  int64_t key_stride() const { return keys_in_place_ ? p_.key.row * element_size_ : steps_ * int64_t(sizeof(Element)); }
+  const char* value_row(int64_t key) const {
+    if (!call_.packed_values) return row_of<dtype>(p_.value, item_.batch, kv_head_, key);
+    return call_.packed_values + packed_row(key) / Product::pair * value_dim_ * int64_t(sizeof(Element));
+  }
+  int64_t packed_row(int64_t key) const {
+    return (item_.batch * p_.heads_kv + kv_head_) * call_.packed_rows + call_.packed_row[item_.sequence] + key -
+           sequence_.k_begin;
+  }
+
+  /// Announces the blocks of the next group to the kernels, which prefetch them row by row.
+  void announce(int64_t next, int part) {
+    prefetch_.count = prefetch_.next = prefetch_.rows = 0;
+    const int64_t most = larger(1, group_keys_ / p_.lists.block_k);
+    for (int32_t block = -1; next < entry_count_ && prefetch_.count < most; ++next) {
+      if (entry(next).block == block) continue;
+      block = entry(next).block;
+      int64_t key = int64_t(block) * p_.lists.block_k + part * segment_keys;
+      int64_t rows = smaller(smaller(p_.lists.block_k, segment_keys), sequence_.len_k() - key);
+      if (rows <= 0) continue;
+      prefetch_.blocks[prefetch_.count++] = {key_row(sequence_.k_begin + key), value_row(sequence_.k_begin + key),
+                                             int(rows)};
+    }
+    bool raw_keys = keys_in_place_ || !call_.packed_keys, raw_values = !call_.packed_values;
+    prefetch_.key_stride = raw_keys ? p_.key.row * element_size_ : key_stride();
+    prefetch_.key_bytes = raw_keys ? p_.head_dim * element_size_ : key_stride();
+    prefetch_.value_bytes =
+        raw_values ? p_.value_dim * element_size_ : value_dim_ * int64_t(sizeof(Element)) / Product::pair;
+    prefetch_.value_stride = raw_values ? p_.value.row * element_size_ : prefetch_.value_bytes;
+  }
+
+  /// One tile against the group's segments that its query block lists, at most `segment_keys` keys at a time.
+  void run_tile(int t) {
+    switch (tiles_[t].registers) {
+      case 1: return run_tile_of<1>(t);
+      case 2: return run_tile_of<2>(t);
+      case 3: return run_tile_of<tile_registers >= 3 ? 3 : 1>(t);
+      default: return run_tile_of<tile_registers>(t);
+    }
+  }
+
+  template <int registers>
+  void run_tile_of(int t) {
+    constexpr int width = registers * Simd::lanes;
+    const QueryTile& tile = tiles_[t];
+    const LoadedSegment* chunk[segment_keys / 16];
+    float* scores = at<float>(scores_);
+    int segments = 0, keys = 0;
+    Simd::Float most[registers];
+    auto flush = [&] {
+      Simd::Float rescale[registers];
+      softmax<Product, registers>(scores, keys, unit_, most, at<float>(maximum_) + tile_lane_[t],
+                                  at<float>(sum_) + tile_lane_[t], rescale);
+      multiply_values<Product, registers>(chunk, segments, scores, int(value_dim_), rescale,
+                                          at<float>(outputs_) + tile_lane_[t] * value_dim_);
+      segments = keys = 0;
+    };
+    for (int i = tile_row_[t] ? row_end_[tile_row_[t] - 1] : 0; i < row_end_[tile_row_[t]]; ++i) {
+      const GroupEntry& e = by_row_[i];
+      const LoadedSegment& s = group_[e.segment];
+      Visible visible = mask_.set(p_, tile, s.keys, e.masked, e.bits);
+      if (visible == Visible::none) continue;
+      if (keys + s.keys.padded > segment_keys) flush();
+      if (segments == 0) {
+        for (int j = 0; j < registers; ++j) most[j] = Simd::set(-__builtin_inff());
+      }
+      bool untouched = visible == Visible::all && s.keys.count == s.keys.padded && !transform_.needed;
+      Simd::Float raw[registers];
+      for (int j = 0; j < registers; ++j) raw[j] = most[j];
+      multiply_keys<Product, registers>(s, at<Element>(queries_) + tile_lane_[t] * steps_, int(steps_),
+                                        scores + keys * width, raw, &prefetch_);
+      if (untouched) {
+        for (int j = 0; j < registers; ++j) most[j] = raw[j];
+      } else {
+        mask_scores<registers>(transform_, s, mask_, visible == Visible::some, scores + keys * width, most);
+      }
+      chunk[segments++] = &s;
+      keys += s.keys.padded;
+    }
+    if (segments > 0) flush();
+  }
+
+  /// out = O / (l + 2^(sink - m)) and lse; transposed back to rows.
+  void store_tile(int t) {
+    constexpr int lanes = Simd::lanes;
+    const QueryTile& tile = tiles_[t];
+    const int width = tile.width();
+    const float* maximum = at<float>(maximum_) + tile_lane_[t];
+    const float* sum = at<float>(sum_) + tile_lane_[t];
+    const float* outputs = at<float>(outputs_) + tile_lane_[t] * value_dim_;
+    alignas(64) float factor[tile_lanes] = {};
+    char* out[tile_lanes];
+    for (int i = 0; i < tile.rows; ++i) {
+      const int64_t head = item_.head + i / tile.queries, query = tile.query + i % tile.queries;
+      bool empty = sum[i] == 0;
+      float total = sum[i];
+      if (p_.sinks) total += __builtin_exp2f(p_.sinks[head] * log2_e - maximum[i]);
+      factor[i] = empty ? 0 : 1 / total;
+      float lse = empty ? -__builtin_inff() : maximum[i] * ln_2 + __builtin_logf(sum[i]);
+      if (maximum[i] == -__FLT_MAX__) lse = maximum[i];  // a bias that load_segment kept finite
+      p_.lse[(item_.batch * p_.heads_q + head) * p_.len_q + query] = lse;
+      out[i] = static_cast<char*>(p_.out.data) +
+               (item_.batch * p_.out.batch + head * p_.out.head + query * p_.out.row) * element_size_;
+    }
+    for (int j = 0; j < width; j += lanes) {
+      const Simd::Float factors = Simd::load(factor + j);
+      const Simd::Mask empty = Simd::equal(factors, Simd::zero());
+      for (int64_t d = 0; d < p_.value_dim; d += lanes) {
+        Simd::Int block[lanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+          Simd::Float value = Simd::mul(Simd::load(outputs + (d + i) * width + j), factors);
+          block[i] = Simd::as_int(Simd::select(empty, Simd::zero(), value));
+        }
+        Simd::transpose(block);
+        int count = int(smaller(p_.value_dim - d, lanes));
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+          if (j + i < tile.rows) {
+            store_row<dtype>(out[j + i], d, count, Simd::as_float(block[i]));
+          }
+        }
+      }
+    }
+  }
+
+  const ForwardCall& call_;
+  const AttentionForward& p_;
+  Arena arena_;
+  bool ready_ = false, keys_in_place_ = false;
+  int64_t steps_, value_dim_, element_size_, group_keys_;
+  ScoreTransform transform_;
+  float unit_;
+  int64_t queries_, outputs_, scores_, values_, keys_, bias_, maximum_, sum_, entries_, ranked_, spare_;
+
+  ForwardItem item_;
+  Sequence sequence_;
+  int64_t kv_head_ = 0;
+  int tile_count_ = 0;
+  QueryTile tiles_[most_tiles];
+  int32_t tile_row_[most_tiles];   // which query block of the item
+  int64_t tile_lane_[most_tiles];  // first lane, where its part of the scratch arrays begins
+  int64_t entry_count_ = 0;
+
+  struct GroupEntry {
+    int32_t bits;
+    int16_t segment;
+    bool masked;
+  };
+  LoadedSegment group_[group_limit / 16];
+  int group_size_ = 0;
+  int segment_of_[group_entries];     // of the group's entries
+  GroupEntry by_row_[group_entries];  // those of query block r end at row_end_[r]
+  int row_end_[item_queries / 16];
+  Prefetch prefetch_;
+  PairMask mask_;
+};
+
+}  // namespace
+}  // namespace sparsekit
