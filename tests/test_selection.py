@@ -64,14 +64,14 @@ def transposed(inputs) -> tuple[np.ndarray, np.ndarray]:
     offsets, slots = np.zeros((batch, heads, blocks + 1), int), np.full((batch, heads, rows * per_row), -1)
     for b, h in np.ndindex(batch, heads):
         found = [[] for _ in range(blocks)]
-        m = first = 0
+        row = first = 0
         for len_q, len_k in case.sequences:
-            for m in range(m, m + -(-len_q // block[0])):
+            start, row = row, row + -(-len_q // block[0])
+            for m in range(start, row):
                 for counts, indices, shift in ((*lists[:2], 0), (*lists[2:], capacity)):
                     for s, n in enumerate(indices[b, h, m, : max(counts[b, h, m], 0)]):
                         if 0 <= n < -(-len_k // block[1]):
                             found[first + n].append(m * per_row + shift + s)
-                m += 1
             first += -(-len_k // block[1])
         offsets[b, h] = np.cumsum([0, *map(len, found)])
         slots[b, h, : offsets[b, h, -1]] = [slot for of_block in found for slot in sorted(of_block)]
