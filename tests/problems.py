@@ -1,5 +1,6 @@
 """Which attention problems the tests run: a base case, one case per feature, and random ones for hypothesis."""
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -39,6 +40,11 @@ FEATURES = {
         adversarial=True, bits=True, causal=True, window=(120, -1), softcap=3.0, key_bias=True, sinks=True, positions=True
     ),
 }  # fmt: skip
+
+
+def sanitized(names, *chosen: str) -> list:
+    """Test parameters; the chosen ones are among the few small cases for compute-sanitizer."""
+    return [pytest.param(name, marks=pytest.mark.sanitizer if name in chosen else ()) for name in names]
 
 
 @st.composite

@@ -6,7 +6,7 @@ from hypothesis import given
 
 from backends import BACKENDS, Backend
 from numerics import check_forward, make_problem
-from problems import BASE, FEATURES, HEAD_DIMS, problems
+from problems import BASE, FEATURES, HEAD_DIMS, problems, sanitized
 from sparsekit.bench.cases import AttentionCase
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -89,8 +89,7 @@ def test_lengths(backend: Backend, lengths, causal, seed):
 # ---- features
 
 
-@pytest.mark.sanitizer
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("feature", sanitized(FEATURES, "causal", "everything"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_features(backend: Backend, feature, dtype, seed):
     case = BASE.with_(heads_q=4, dtype=dtype, **FEATURES[feature])

@@ -8,15 +8,14 @@ import torch
 import sparsekit
 from backends import Backend
 from numerics import assert_lse_passes, assert_passes, make_problem
-from problems import BASE
+from problems import BASE, sanitized
 from sparsekit import BlockPattern
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("parts", sanitized([2, 3], 2))
 def test_union_is_the_merge_of_its_parts(backend: Backend, parts, dtype, seed):
     """Also where a row sees keys in one part only, or in none; only the last call may take sinks, so none does."""
     case = BASE.with_(dtype=dtype, len_k=520, block_size=(64, 64), causal=True)
