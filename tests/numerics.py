@@ -25,7 +25,10 @@ GRADIENTS = ("query", "key", "value", "key_bias", "sinks")
 # ---- the criterion
 
 
-def failure(got, ref, bases, dtype: torch.dtype, terms: float = 0.0) -> str | None:
+SEARCHED = 4.0  # instead of 2, where hypothesis looks through hundreds of problems for one whose baseline was lucky
+
+
+def failure(got, ref, bases, dtype: torch.dtype, terms: float = 0.0, times: float = 2.0) -> str | None:
     """Why `got` does not pass, or None. `bases`: results of the baseline, the worst of which counts. `terms`: how large the
     terms are whose sum may cancel; their rounding in float32 is granted."""
     got, ref, *bases = (x.detach().cpu().double() for x in (got, ref, *bases))
@@ -38,21 +41,21 @@ def failure(got, ref, bases, dtype: torch.dtype, terms: float = 0.0) -> str | No
     error = got - ref
     errors = [(base - ref).nan_to_num(0, 0, 0) for base in bases]  # where a baseline fails it excuses nothing
     largest = error.abs().max()
-    bound = 2 * max(e.abs().max() for e in errors) + torch.finfo(dtype).eps * ref.abs().max()
+    bound = times * max(e.abs().max() for e in errors) + torch.finfo(dtype).eps * ref.abs().max()
     bound += torch.finfo(torch.float32).eps * terms
     if not largest <= bound:
         return f"max|e| = {largest:.3g} > {bound:.3g}"
     if got.numel() < 256 or ref.abs().max() < 1e-5 * terms:
         return None  # a norm over so few numbers, or of what cancels to nothing, is the luck of the baseline
     norm = error.norm()
-    bound = 2 * max(e.norm() for e in errors) + (1e-6 if dtype.itemsize >= 4 else 1e-4) * ref.norm()
+    bound = times * max(e.norm() for e in errors) + (1e-6 if dtype.itemsize >= 4 else 1e-4) * ref.norm()
     if not norm <= bound:
         return f"||e|| / ||ref|| = {norm / ref.norm():.3g} > {bound / ref.norm():.3g}"
     return None
 
 
-def assert_passes(name: str, got, ref, bases, dtype: torch.dtype, terms: float = 0.0):
-    reason = failure(got, ref, bases, dtype, terms)
+def assert_passes(name: str, got, ref, bases, dtype: torch.dtype, terms: float = 0.0, times: float = 2.0):
+    reason = failure(got, ref, bases, dtype, terms, times)
     assert reason is None, f"{name}: {reason}"
 
 
@@ -65,7 +68,7 @@ def assert_lse_passes(lse, ref, base, dtype: torch.dtype):
     if not finite.any():
         return
     lse, ref, base = lse[finite], ref[finite], base[finite]
-    units = 8 if dtype.itemsize == 2 else 1
+    units = 8 if dtype.itemsize == 2 else 3  # float32: the maximum in units of log 2, its product with ln 2, the sum
     bound = 2 * (base - ref).abs().max() + units * torch.finfo(torch.float32).eps * (4 + ref.abs().max())
     largest = (lse - ref).abs().max()
     assert largest <= bound, f"lse: max|e| = {largest:.3g} > {bound:.3g}"  # NaN too
@@ -348,7 +351,7 @@ def poisoned(device: str = "cpu"):
         torch.use_deterministic_algorithms(False)
 
 
-def check_forward(backend: Backend, problem: Problem):
+def check_forward(backend: Backend, problem: Problem, times: float = 2.0):
     """Runs a problem on a backend and holds out and lse to the reference. Returns them."""
     with backend.running(*problem.about, packed=problem.case.packed), torch.no_grad():
         leaves = problem.leaves()
@@ -357,12 +360,14 @@ def check_forward(backend: Backend, problem: Problem):
         ref, ref_lse = problem.reference(problem.leaves(torch.float64, "cpu"))
         bases = problem.baselines(leaves)
         assert out.dtype == problem.case.dtype and lse.dtype == bases[0][1].dtype
-        assert_passes("out", out, ref, [base for base, _ in bases], problem.case.dtype)
+        assert_passes("out", out, ref, [base for base, _ in bases], problem.case.dtype, times=times)
         assert_lse_passes(lse, ref_lse, bases[0][1], problem.case.dtype)
     return out, lse
 
 
-def check_backward(backend: Backend, problem: Problem, wanted=GRADIENTS, fast: bool = False) -> dict[str, torch.Tensor]:
+def check_backward(
+    backend: Backend, problem: Problem, wanted=GRADIENTS, fast: bool = False, times: float = 2.0
+) -> dict[str, torch.Tensor]:
     """Runs forward and backward of a problem on a backend and holds every gradient to the reference's. `fast`: without
     asking for deterministic algorithms."""
     case, wanted = problem.case, [name for name in wanted if getattr(problem.inputs, name) is not None]
@@ -385,5 +390,5 @@ def check_backward(backend: Backend, problem: Problem, wanted=GRADIENTS, fast: b
         bases = [gradients(results, leaves) for results in problem.baselines(leaves)]
         for name, value, exact, *dense in zip(wanted, got, ref, *bases, strict=True):
             assert value.dtype == getattr(problem.inputs, name).dtype
-            assert_passes(f"gradient of {name}", value, exact, dense, case.dtype, terms.get(name, 0.0))
+            assert_passes(f"gradient of {name}", value, exact, dense, case.dtype, terms.get(name, 0.0), times)
     return dict(zip(wanted, got, strict=True))

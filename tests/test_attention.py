@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 
 from backends import BACKENDS, Backend
-from numerics import check_forward, make_problem
+from numerics import SEARCHED, check_forward, make_problem
 from problems import BASE, FEATURES, HEAD_DIMS, problems, sanitized
 from sparsekit.bench.cases import AttentionCase
 
@@ -114,7 +114,7 @@ def test_features_are_not_left_to_the_reference(cpu_backend, feature, seed):
 def test_random_problems(backend: Backend, problem):
     case, seed, options = problem
     if backend.refusal(case.dtype, case.head_dim, case.value_dim, case.block_size, packed=case.packed) is None:
-        check_forward(backend, make_problem(case, backend, seed, **options))
+        check_forward(backend, make_problem(case, backend, seed, **options), times=SEARCHED)
 
 
 # ---- counting: one key too many or too few shows

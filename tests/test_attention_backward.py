@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 
 from backends import Backend
-from numerics import GRADIENTS, Problem, check_backward, make_problem
+from numerics import GRADIENTS, SEARCHED, Problem, check_backward, make_problem
 from problems import BASE, FEATURES, HEAD_DIMS, problems, sanitized
 from sparsekit.bench.cases import AttentionCase, make_inputs
 
@@ -78,7 +78,7 @@ def test_random_problems(backend: Backend, problem):
     case, seed, options = problem
     about = (case.dtype, case.head_dim, case.value_dim, case.block_size)
     if backend.refusal(*about, backward=True) is None:
-        check_backward(backend, make_problem(case, backend, seed, **options))
+        check_backward(backend, make_problem(case, backend, seed, **options), times=SEARCHED)
 
 
 def test_wants_only_some_gradients(backend: Backend, seed):

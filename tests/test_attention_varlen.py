@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 import sparsekit
 from backends import Backend
-from numerics import check_backward, check_forward, make_problem
+from numerics import SEARCHED, check_backward, check_forward, make_problem
 from problems import BASE, FEATURES, problems
 
 LENGTHS = {
@@ -52,8 +52,8 @@ def test_random_problems(backend: Backend, problem):
     case, seed, options = problem
     about = (case.dtype, case.head_dim, case.value_dim, case.block_size)
     if all(backend.refusal(*about, packed=True, backward=way) is None for way in (False, True)):
-        check_forward(backend, make_problem(case, backend, seed, **options))
-        check_backward(backend, make_problem(case, backend, seed, **options))
+        check_forward(backend, make_problem(case, backend, seed, **options), times=SEARCHED)
+        check_backward(backend, make_problem(case, backend, seed, **options), times=SEARCHED)
 
 
 def test_is_one_call_per_sequence(cpu_backend, seed):
