@@ -105,6 +105,7 @@ struct Softmax {
   bool empty() const { return largest == -INFINITY; }
   double lse() const { return empty() ? largest : largest + std::log(sum); }
   double weight(double score) const { return std::exp(score - largest) / total; }
+  double without_sink(double score) const { return std::exp(score - largest) / sum; }
 };
 
 /// Calls visit(row) for all rows of (batch, head); rows of a packed batch that belong to no sequence see no key.
@@ -166,7 +167,6 @@ void backward_group(const AttentionBackward& p, int64_t b, int64_t kv_head) {
         }
         // The sink is a key of value 0 outside of lse: lse's gradient spreads by the softmax without it.
         double grad_lse = p.grad_lse_f64 ? p.grad_lse_f64[at] : p.grad_lse ? p.grad_lse[at] : 0.;
-        double delta = out_dot - grad_lse * softmax.total / softmax.sum;
         if (p.sinks) grad_sink -= softmax.weight(p.sinks[h]) * out_dot;
         for (size_t n = 0; n < row.keys.size(); ++n) {
           int64_t j = row.keys[n], k = p.key.offset(b, kv_head, j), v = p.value.offset(b, kv_head, j);
@@ -176,7 +176,7 @@ void backward_group(const AttentionBackward& p, int64_t b, int64_t kv_head) {
             grad_weight += grad_out * load(p.value.data, v + d, p.dtype);
             grad_value[j * p.value_dim + d] += weight * grad_out;
           }
-          double grad_score = weight * (grad_weight - delta);
+          double grad_score = weight * (grad_weight - out_dot) + grad_lse * softmax.without_sink(row.scores[n]);
           grad_bias[j] += grad_score;
           double capped = p.softcap > 0 ? row.products[n] / p.softcap : 0.;
           double grad_product = grad_score * (1 - capped * capped) * p.scale;
