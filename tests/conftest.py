@@ -1,6 +1,6 @@
 """Every test runs on every backend that the machine offers; random inputs are new in each run.
 
-The seed stands in the header. SPARSEKIT_TEST_SEED=<seed> repeats a run; each test draws from the seed and its own name, so
+The seed stands in the header. SPARSEKIT_TEST_SEED=<seed> repeats a run (CI's seed is fixed); each test draws from the seed and its own name, so
 that it draws the same alone.
 """
 
