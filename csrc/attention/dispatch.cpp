@@ -22,20 +22,9 @@ constexpr Entry table[] = {
     {&attention_cpu_reference, Isa::reference},
 };
 
-/// The machine's and SPARSEKIT_ISA's reasons against an instruction set.
-const char* machine_refuses(Isa isa) {
-  Isa limit;
-  bool forced;
-  if (const char* problem = isa_limit(&limit, &forced)) return problem;
-  if (!isa_offered(isa)) return "this processor does not offer it";
-  if (isa > limit) return "SPARSEKIT_ISA asks for a lower one";
-  if (isa == Isa::avx512_bf16 && !forced && !bf16_dot_is_fast()) return "vdpbf16ps is slower than fp32 FMA here";
-  return nullptr;
-}
-
 const char* refuses(const Entry& entry, const AttentionProblem& problem, Direction direction,
                     const ParallelFor& parallel) {
-  const char* reason = machine_refuses(entry.isa);
+  const char* reason = isa_refuses(entry.isa);
   return reason ? reason : entry.implementation->refuses(problem, direction, parallel);
 }
 

@@ -1,6 +1,6 @@
 // The op catalogue: every schema of torch.ops.sparsekit. Implementations register themselves in csrc/torch/<family>.cpp
 // (CPU) and csrc/torch/attention_cuda.cpp (the CUDA library). Fake kernels, autograd, autocast and vmap rules are
-// registered in python/sparsekit/_registrations.py: the stable ABI has no C++ form of them.
+// registered in python/sparsekit/_registrations/: the stable ABI has no C++ form of them.
 //
 // Shapes and semantics: include/sparsekit/<family>.h and docs/semantics.md.
 #include <torch/csrc/stable/library.h>

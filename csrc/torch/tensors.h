@@ -58,7 +58,7 @@ static inline Tensor aligned(const Tensor& tensor) {
 }
 
 /// Uninitialised `[batch, heads, rows, dim]` (packed: `[rows, heads, dim]`) with the dimension order of `like` in
-/// memory and no gaps. `fake kernels` in python/sparsekit/_registrations.py compute the same strides.
+/// memory and no gaps. `fake kernels` in python/sparsekit/_registrations/ compute the same strides.
 static inline Tensor empty_in_order_of(const Tensor& like, const std::vector<int64_t>& sizes) {
   int64_t dims = like.dim();
   std::vector<int64_t> order, strides(sizes.size());

@@ -4,7 +4,7 @@
     out_i       = sum_j exp(score[i, j]) v_j / (sum_j exp(score[i, j]) + exp(sink))
     lse_i       = log sum_j exp(score[i, j])                             without the sink
 
-over the keys j that row i sees. Torch's side of the ops (autograd, fake kernels, ...) is in _registrations.py.
+over the keys j that row i sees. Torch's side of the ops (autograd, fake kernels, ...) is in _registrations/.
 """
 
 from __future__ import annotations

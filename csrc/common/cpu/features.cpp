@@ -61,4 +61,14 @@ const char* isa_limit(Isa* limit, bool* forced) {
   return "SPARSEKIT_ISA is none of reference, portable, avx2, avx512, avx512_bf16, amx";
 }
 
+const char* isa_refuses(Isa isa) {
+  Isa limit;
+  bool forced;
+  if (const char* problem = isa_limit(&limit, &forced)) return problem;
+  if (!isa_offered(isa)) return "this processor does not offer it";
+  if (isa > limit) return "SPARSEKIT_ISA asks for a lower one";
+  if (isa == Isa::avx512_bf16 && !forced && !bf16_dot_is_fast()) return "vdpbf16ps is slower than fp32 FMA here";
+  return nullptr;
+}
+
 }  // namespace sparsekit

@@ -19,4 +19,8 @@ bool bf16_dot_is_fast();
 /// Returns null, or the text of an error: an unknown name, or a level this machine does not offer.
 const char* isa_limit(Isa* limit, bool* forced);
 
+/// Why kernels of this instruction set do not run in this call, by the machine and SPARSEKIT_ISA; null: they may. Every
+/// family's dispatch table asks this first.
+const char* isa_refuses(Isa isa);
+
 }  // namespace sparsekit

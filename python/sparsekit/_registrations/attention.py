@@ -1,7 +1,4 @@
-"""What torch must know of the ops besides their kernels: fake kernels, autograd, autocast, vmap.
-
-The stable ABI has no C++ form of these. Imported once, for its effects, after the libraries are loaded.
-"""
+"""The attention ops: block-sparse attention, padded and packed, and the merging of states."""
 
 from __future__ import annotations
 
@@ -11,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake, register_vmap
 
+from .common import argument_names, autocast, loop_vmap, one_by_one, refuse_second_derivative
+
 _ops = torch.ops.sparsekit
-_library = torch.library.Library("sparsekit", "FRAGMENT")
 
 _LISTS = (
     "kv_num_blocks",
@@ -36,10 +34,6 @@ _OPTIONS = (
     "transpose_offsets",
     "transpose_slots",
 )
-
-
-def _names(op) -> tuple[str, ...]:
-    return tuple(argument.name for argument in op.default._schema.arguments)
 
 
 # ---- fake kernels
@@ -68,7 +62,7 @@ def _fake_forward(query, key, value, *rest, **options):
 
 
 def _fake_backward(op) -> Callable:
-    names = _names(op)
+    names = argument_names(op)
 
     def fake(*args, **kwargs):
         given = dict(zip(names, args, strict=False), **kwargs)
@@ -99,34 +93,11 @@ def _(outs, lses):
     return _empty_in_order_of(outs[0], outs[0].shape[-1]), lses[0].new_empty(lses[0].shape)
 
 
-@register_fake("sparsekit::block_lists_from_bool")
-def _(block_map, capacity):
-    rows = block_map.shape[:-1]
-    return block_map.new_empty(rows, dtype=torch.int32), block_map.new_empty((*rows, capacity), dtype=torch.int32)
-
-
-@register_fake("sparsekit::transpose_block_lists")
-def _(counts, indices, full_counts, full_indices, block_size, len_k, cu_seqlens_q=None, cu_seqlens_k=None):
-    batch, heads, rows, slots = indices.shape
-    if full_indices is not None:
-        slots = slots + full_indices.shape[-1]
-    if cu_seqlens_k is None:
-        blocks = (len_k + block_size[1] - 1) // block_size[1]
-    else:
-        blocks = len_k // block_size[1] + cu_seqlens_k.shape[0] - 1
-    return indices.new_empty((batch, heads, blocks + 1)), indices.new_empty((batch, heads, rows * slots))
-
-
-@register_fake("sparsekit::check_block_lists")
-def _(*lists_and_lengths, **options):
-    return None
-
-
 # ---- autograd
 
 
 def _attention_autograd(forward, backward) -> None:
-    names = _names(forward)
+    names = argument_names(forward)
     packed = "cu_seqlens_q" in names
     passed = (*_LISTS, *(_PACKED if packed else ()), *_OPTIONS)  # from forward to backward, as they are
 
@@ -170,13 +141,7 @@ def _attention_autograd(forward, backward) -> None:
 
     register_autograd(forward.default, formula, setup_context=setup_context)
 
-    def refuse(ctx, *grads):
-        raise RuntimeError(
-            f"sparsekit: {forward.__name__} cannot be differentiated twice: its backward is a kernel without a "
-            "derivative of its own. First derivatives need no create_graph=True"
-        )
-
-    register_autograd(backward.default, refuse, setup_context=lambda ctx, inputs, output: None)
+    refuse_second_derivative(forward, backward)
 
 
 _attention_autograd(_ops.block_sparse_attn, _ops.block_sparse_attn_backward)
@@ -209,31 +174,8 @@ register_autograd("sparsekit::merge_attention_states", _merge_formula, setup_con
 # ---- autocast: query, key and value in the region's dtype; what is added to scores stays float32
 
 
-def _autocast(op, device_type: str) -> None:
-    names = _names(op)
-    key_name = "Autocast" + {"cpu": "CPU", "cuda": "CUDA"}[device_type]
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key_name))
-
-    def cast(name: str, value):
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
-            return value
-        if name in ("query", "key", "value"):
-            return value.to(torch.get_autocast_dtype(device_type))
-        return value.float()
-
-    def kernel(_keyset, *args, **kwargs):
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op.default(
-                *(cast(name, value) for name, value in zip(names, args, strict=False)),
-                **{name: cast(name, value) for name, value in kwargs.items()},
-            )
-
-    _library.impl(op.default, kernel, key_name, with_keyset=True)
-
-
 for _op in (_ops.block_sparse_attn, _ops.block_sparse_attn_varlen):
-    for _device_type in ("cpu", "cuda"):
-        _autocast(_op, _device_type)
+    autocast(_op, "query", "key", "value")
 
 
 # ---- vmap: the mapped dimension becomes part of the batch
@@ -255,31 +197,14 @@ def _mapped_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-def _one_by_one(op, info, in_dims, args):
-    """The rule of last resort: one call per element of the mapped dimension."""
-
-    def element(value, dim, index):
-        if isinstance(dim, (list, tuple)):
-            return [element(v, d, index) for v, d in zip(value, dim, strict=True)]
-        return value if dim is None else value.select(dim, index)
-
-    calls = [
-        op(*(element(value, dim, index) for value, dim in zip(args, in_dims, strict=True)))
-        for index in range(info.batch_size)
-    ]
-    if not calls:
-        raise RuntimeError("sparsekit: vmap over a dimension of size 0 is not supported")
-    return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
-
-
 def _attention_vmap(op) -> None:
-    names = _names(op)
+    names = argument_names(op)
 
     def rule(info, in_dims, *args):
         dims, given = (dict(zip(names, values, strict=False)) for values in (in_dims, args))
         size = info.batch_size
         if dims.get("sinks") is not None or size == 0:  # per head, not per batch entry
-            return _one_by_one(op, info, in_dims, args)
+            return one_by_one(op, info, in_dims, args)
         batch = given["query"].shape[0] if dims["query"] is None else given["query"].movedim(dims["query"], 0).shape[1]
 
         def fold(name: str) -> Tensor:
@@ -314,18 +239,8 @@ def _attention_vmap(op) -> None:
     register_vmap(op.default, rule)
 
 
-def _loop_vmap(op) -> None:
-    register_vmap(op.default, lambda info, in_dims, *args: _one_by_one(op, info, in_dims, args))
-
-
 _attention_vmap(_ops.block_sparse_attn)
 _attention_vmap(_ops.block_sparse_attn_backward)
-# Packed batches have no batch dimension to fold into; the list ops are called once per pattern.
-for _op in (
-    _ops.block_sparse_attn_varlen,
-    _ops.block_sparse_attn_varlen_backward,
-    _ops.merge_attention_states,
-    _ops.block_lists_from_bool,
-    _ops.transpose_block_lists,
-):
-    _loop_vmap(_op)
+# Packed batches have no batch dimension to fold into.
+for _op in (_ops.block_sparse_attn_varlen, _ops.block_sparse_attn_varlen_backward, _ops.merge_attention_states):
+    loop_vmap(_op)

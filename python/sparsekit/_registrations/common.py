@@ -1,0 +1,81 @@
+"""What the registrations of every family share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import register_autograd, register_vmap
+
+_library = torch.library.Library("sparsekit", "FRAGMENT")
+
+
+def argument_names(op) -> tuple[str, ...]:
+    return tuple(argument.name for argument in op.default._schema.arguments)
+
+
+def refuse_second_derivative(forward, backward) -> None:
+    """The backward op raises where it is differentiated itself."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(
+            f"sparsekit: {forward.__name__} cannot be differentiated twice: its backward is a kernel without a "
+            "derivative of its own. First derivatives need no create_graph=True"
+        )
+
+    register_autograd(backward.default, refuse, setup_context=lambda ctx, inputs, output: None)
+
+
+# ---- autocast
+
+
+def autocast(op, *cast_names: str) -> None:
+    """In an autocast region the named arguments take the region's dtype; other floating-point tensors stay or become
+    float32."""
+    for device_type in ("cpu", "cuda"):
+        _autocast(op, device_type, cast_names)
+
+
+def _autocast(op, device_type: str, cast_names: tuple[str, ...]) -> None:
+    names = argument_names(op)
+    key_name = "Autocast" + {"cpu": "CPU", "cuda": "CUDA"}[device_type]
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key_name))
+
+    def cast(name: str, value):
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
+            return value
+        if name in cast_names:
+            return value.to(torch.get_autocast_dtype(device_type))
+        return value.float()
+
+    def kernel(_keyset, *args, **kwargs):
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op.default(
+                *(cast(name, value) for name, value in zip(names, args, strict=False)),
+                **{name: cast(name, value) for name, value in kwargs.items()},
+            )
+
+    _library.impl(op.default, kernel, key_name, with_keyset=True)
+
+
+# ---- vmap
+
+
+def one_by_one(op, info, in_dims, args):
+    """The rule of last resort: one call per element of the mapped dimension."""
+
+    def element(value, dim, index):
+        if isinstance(dim, (list, tuple)):
+            return [element(v, d, index) for v, d in zip(value, dim, strict=True)]
+        return value if dim is None else value.select(dim, index)
+
+    calls = [
+        op(*(element(value, dim, index) for value, dim in zip(args, in_dims, strict=True)))
+        for index in range(info.batch_size)
+    ]
+    if not calls:
+        raise RuntimeError("sparsekit: vmap over a dimension of size 0 is not supported")
+    return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+
+def loop_vmap(op) -> None:
+    register_vmap(op.default, lambda info, in_dims, *args: one_by_one(op, info, in_dims, args))
