@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake, register_vmap
 
-from .common import argument_names, autocast, loop_vmap, one_by_one, refuse_second_derivative
+from .common import argument_names, autocast, differentiable, loop_vmap, one_by_one, refuse_second_derivative
 
 _ops = torch.ops.sparsekit
 
@@ -100,33 +100,31 @@ def _attention_autograd(forward, backward) -> None:
     names = argument_names(forward)
     packed = "cu_seqlens_q" in names
     passed = (*_LISTS, *(_PACKED if packed else ()), *_OPTIONS)  # from forward to backward, as they are
+    no_tensors = {"block_size", "max_seqlen_q", "max_seqlen_k", "scale", "causal", "window", "softcap"}
+    tensors = [at for at, name in enumerate(names) if name not in no_tensors]
+    others = [at for at, name in enumerate(names) if name in no_tensors]
+    kept = [names[at] for at in (*tensors, *others)]
 
     def setup_context(ctx, inputs, output):
-        given = dict(zip(names, inputs, strict=True))
         ctx.set_materialize_grads(False)
-        kept = {name: given[name] for name in ("query", "key", "value", *passed)}
-        kept["out"], kept["lse"] = output
-        ctx.tensor_names = [name for name, value in kept.items() if isinstance(value, Tensor)]
-        ctx.save_for_backward(*(kept[name] for name in ctx.tensor_names))
-        ctx.others = {name: value for name, value in kept.items() if not isinstance(value, Tensor)}
+        ctx.save_for_backward(*output, *(inputs[at] for at in tensors))
+        ctx.others = [inputs[at] for at in others]
 
     def formula(ctx, grad_out, grad_lse):
-        # Trailing arguments that are equal to their defaults were dropped by the dispatcher, and get no gradient.
-        passed_names = names[: len(ctx.needs_input_grad)]
         if grad_out is None and grad_lse is None:
-            return (None,) * len(passed_names)
-        given = {**ctx.others, **dict(zip(ctx.tensor_names, ctx.saved_tensors, strict=True))}
-        wanted = dict.fromkeys(names, False) | dict(zip(passed_names, ctx.needs_input_grad, strict=True))
-        if (
-            given["transpose_offsets"] is None
-        ):  # an op of its own: layers that share lists share the result when compiled
+            return (None,) * len(names)
+        out, lse, *saved = ctx.saved_tensors
+        given = dict(zip(kept, (*saved, *ctx.others), strict=True), out=out, lse=lse)
+        wanted = dict.fromkeys(names, False) | dict(zip(names, ctx.needs_input_grad[1:], strict=False))
+        # An op of its own: layers that share lists share the result when compiled.
+        if given["transpose_offsets"] is None:
             lists = [given[name] for name in (*_LISTS[:4], "block_size")]
             cu_seqlens = [given[name] for name in _PACKED[:2]] if packed else []
             len_k = given["key"].shape[0 if packed else 2]
             transposed = _ops.transpose_block_lists(*lists, len_k, *cu_seqlens)
             given["transpose_offsets"], given["transpose_slots"] = transposed
         query_grad, key_grad, value_grad, bias_grad, sinks_grad = backward(
-            torch.zeros_like(given["out"]) if grad_out is None else grad_out,
+            torch.zeros_like(out) if grad_out is None else grad_out,
             grad_lse,
             *(given[name] for name in ("query", "key", "value", "out", "lse", *passed)),
             key_bias_grad=wanted["key_bias"],
@@ -137,10 +135,9 @@ def _attention_autograd(forward, backward) -> None:
             grads["key_bias"] = bias_grad.sum_to_size(given["key_bias"].shape)
         if wanted["sinks"]:
             grads["sinks"] = sinks_grad.sum(0)
-        return tuple(grads.get(name) if wanted[name] else None for name in passed_names)
+        return tuple(grads.get(name) if wanted[name] else None for name in names)
 
-    register_autograd(forward.default, formula, setup_context=setup_context)
-
+    differentiable(forward, setup_context, formula)
     refuse_second_derivative(forward, backward)
 
 
