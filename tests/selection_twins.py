@@ -54,9 +54,13 @@ def block_scores(query, key, block, reduce="mean", causal=False, scale=None, str
 
 def _antidiagonal(scores, mask, block, stride):
     """XAttention, algorithm 1, with causality inside the tiles that the diagonal cuts."""
-    tiles, seen = by_blocks(scores, (stride, stride), 0.0), by_blocks(mask.double(), (stride, stride), 0.0)
+    len_q, len_k = scores.shape[-2:]
     t = torch.arange(stride)
-    tiles, seen = tiles[..., stride - 1 - t, t], seen[..., stride - 1 - t, t]  # [..., R, C, stride]
+    first = torch.arange(0, len_q, stride)[:, None]  # a tile's antidiagonal begins at the last row that it has
+    row, column = (first + stride).clamp(max=len_q) - 1 - t, torch.arange(0, len_k, stride)[:, None] + t
+    exists = (row >= first)[:, None] & (column < len_k)  # [R, C, stride]
+    row, column = row.clamp(min=0)[:, None], column.clamp(max=len_k - 1)
+    tiles, seen = scores[..., row, column], (mask[..., row, column] & exists).double()
     count = seen.sum(-1)
     mean = ((tiles * seen).sum(-1) / count.clamp(min=1)).where(count > 0, -math.inf)
     sees = (count > 0).any(-1, keepdim=True)
@@ -65,7 +69,7 @@ def _antidiagonal(scores, mask, block, stride):
     total = by_blocks(share, size, 0.0).sum((-1, -2))
     rows = by_blocks(sees.double().expand(share.shape), size, 0.0)[..., :, 0].sum(-1)
     seen_blocks = by_blocks(count, size, 0.0).sum((-1, -2)) > 0
-    return (total / rows.clamp(min=1)).where(seen_blocks, 1).log().where(seen_blocks, -math.inf)
+    return (total / rows.clamp(min=1)).clamp(min=2.0**-126).log().where(seen_blocks, -math.inf)
 
 
 def similarity(x: torch.Tensor, block: int) -> torch.Tensor:
@@ -136,7 +140,9 @@ def choose(
             chosen = sorted([*forced[row], *others[row][: max(total - len(forced[row]), 0)]])
             counts[head, row] = len(chosen)
             indices[head, row, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
-            mass[head, row] = torch.tensor(sum(values[head, row, chosen].double().tolist()), dtype=torch.float64).float()
+            mass[head, row] = torch.tensor(
+                sum(values[head, row, chosen].double().tolist()), dtype=torch.float64
+            ).float()
     return indices, counts, mass
 
 

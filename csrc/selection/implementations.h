@@ -6,6 +6,9 @@
 
 namespace sparsekit {
 
+/// Shares below this count as this: a block that is seen scores more than -inf, which would keep it from being chosen.
+constexpr float least_share = 1.17549435e-38f;
+
 struct CpuSelection {
   const char* name;  // the value of SPARSEKIT_ISA that forces it
   Status (*block_scores)(const BlockScores&, const ParallelFor&);

@@ -68,12 +68,13 @@ struct BlockRow {
   double& at(int64_t i, int64_t j) { return scores[size_t(i * keys + j)]; }
 };
 
-/// Calls visit(i, j) for the pairs of tile (r, c) of a block row's antidiagonals that see each other.
+/// Calls visit(i, j) for the pairs of tile (r, c) of a block row's antidiagonals that see each other. An antidiagonal
+/// begins at the last row that the tile has and at its first column: causality leaves that pair if it leaves any.
 template <class Visit>
 void for_each_antidiagonal_pair(const BlockScores& p, BlockRow& row, int64_t r, int64_t c, Visit visit) {
-  for (int64_t t = 0; t < p.stride; ++t) {
-    int64_t i = r * p.stride + p.stride - 1 - t, j = c * p.stride + t;
-    if (i < row.rows && j < row.keys && row.at(i, j) != -INFINITY) visit(i, j);
+  int64_t i = std::min<int64_t>((r + 1) * p.stride, row.rows) - 1, j = c * p.stride;
+  for (int64_t t = 0; t < p.stride && i >= r * p.stride && j < row.keys; ++t, --i, ++j) {
+    if (row.at(i, j) != -INFINITY) visit(i, j);
   }
 }
 
@@ -119,7 +120,7 @@ std::vector<double> reduce(const BlockScores& p, BlockRow& row) {
       }
     }
     for (size_t n = 0; n < result.size(); ++n) {
-      if (counts[n] > 0) result[n] = std::log(sums[n] / double(map.seeing));
+      if (counts[n] > 0) result[n] = std::log(std::max(sums[n] / double(map.seeing), double(least_share)));
     }
     return result;
   }

@@ -43,11 +43,10 @@ enum class BlockReduce : int32_t { mean, max, antidiagonal };
 /// One number per block (m, n) of a head, [batch, heads_q, q_blocks, k_blocks], over the pairs (i, j) of the block that
 /// see each other; -inf where there is none.
 ///   mean, max      of score[i, j]
-///   antidiagonal   log of the block's share of attention as XAttention estimates it (arXiv 2503.16428, algorithm 1):
-///   the
-///                  block is cut into tiles of stride x stride, a tile scores the mean of its antidiagonal, tiles of
-///                  one row of tiles share a softmax over all keys, and a block's share is the mean over its rows of
-///                  tiles of the sum over its columns of tiles
+///   antidiagonal   log of the block's share of attention as XAttention estimates it (arXiv 2503.16428, algorithm 1)
+/// For antidiagonal the block is cut into tiles of stride x stride. A tile scores the mean of its antidiagonal, from
+/// its first column and last row upwards; tiles of one row of tiles share a softmax over all keys; a block's share is
+/// the mean over its rows of tiles of the sum over its columns of tiles, at least 2^-126.
 struct BlockScores : AttentionProblem {
   BlockReduce reduce = BlockReduce::mean;
   int32_t stride = 16;     // of antidiagonal: divides both block sizes
