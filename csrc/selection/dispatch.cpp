@@ -17,6 +17,11 @@ struct Entry {
 };
 
 constexpr Entry table[] = {
+#ifdef SPARSEKIT_X86
+    {&selection_cpu_avx512, Isa::avx512},
+    {&selection_cpu_avx2, Isa::avx2},
+#endif
+    {&selection_cpu_portable, Isa::portable},
     {&selection_cpu_reference, Isa::reference},
 };
 
