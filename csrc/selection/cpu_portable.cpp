@@ -2,11 +2,11 @@
 // The algorithms are in cpu_scores.h and cpu_choices.h; this file compiles them with this set's flags.
 #include "common/cpu/simd_portable.h"
 
-#include "selection/cpu_choices.h"
-#include "selection/implementations.h"
+#include "selection/cpu_kernels.h"
 
 namespace sparsekit {
 
-const CpuSelection selection_cpu_portable = {"portable", nullptr, nullptr, nullptr, nullptr, nullptr, run_choice};
+const CpuSelection selection_cpu_portable = {"portable", run_block_scores, nullptr,   nullptr,
+                                             nullptr,    nullptr,          run_choice};
 
 }  // namespace sparsekit
