@@ -181,7 +181,7 @@ struct Ranked {
 
 /// Merge sort of runs that already ascend: lists mostly do, so this is mostly one pass of comparisons. `spare` holds as
 /// many.
-static void sort(Ranked* items, Ranked* spare, int64_t count) {
+[[maybe_unused]] static void sort(Ranked* items, Ranked* spare, int64_t count) {
   Ranked* from = items;
   Ranked* to = spare;
   for (int64_t runs = 2; runs > 1;) {

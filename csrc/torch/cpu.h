@@ -13,6 +13,18 @@ struct Cpu {
   static void run(const AttentionMerge& m, const Tensor&) { require(attention_merge(m, torch_parallel())); }
   static void run(const TransposeBlockLists& t, const Tensor&) { require(transpose_block_lists(t, torch_parallel())); }
   static void run(const BlockListsFromBool& b, const Tensor&) { require(block_lists_from_bool(b, torch_parallel())); }
+
+  // ---- selection
+  static void run(const BlockScores& s, const Tensor&) { require(block_scores(s, torch_parallel())); }
+  static void run(const BlockScoresBackward& s, const Tensor&) { require(block_scores_backward(s, torch_parallel())); }
+  static void run(const ColumnScores& s, const Tensor&) { require(column_scores(s, torch_parallel())); }
+  static void run(const RowScores& s, const Tensor&) { require(row_scores(s, torch_parallel())); }
+  static void run(const AttentionBlockMap& m, const Tensor&) { require(attention_block_map(m, torch_parallel())); }
+  static void run(const Choice& c, const Tensor&) { require(choose(c, torch_parallel())); }
+  static void run(const VerticalSlash& v, const Tensor&) { require(vertical_slash_lists(v, torch_parallel())); }
+  static void run(const UnionLists& u, const Tensor&) { require(union_lists(u, torch_parallel())); }
+  static void run(const InversePermutation& p, const Tensor&) { require(inverse_permutation(p, torch_parallel())); }
+  static void run(const PermuteTokens& p, const Tensor&) { require(permute_tokens(p, torch_parallel())); }
 };
 
 }  // namespace sparsekit

@@ -21,6 +21,14 @@
 // grad_key_bias is [B, Hq, Sk] where asked for, grad_sinks [B, Hq] where sinks are given; else both are empty.
 #define GRADIENTS "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_key_bias, Tensor grad_sinks)"
 
+// What every block score and every choice takes.
+#define BLOCK_SCORE_OPTIONS                                                                       \
+  "int[2] block_size, str reduce=\"mean\", bool causal=False, float? scale=None, int stride=16, " \
+  "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_k=0"
+#define CHOICE_OPTIONS \
+  "SymInt width, SymInt min_count=0, SymInt sink=0, SymInt local=0, Tensor? row_limit=None, bool return_mass=False"
+#define CHOICE "(Tensor indices, Tensor counts, Tensor mass)"  // mass is empty unless asked for
+
 STABLE_TORCH_LIBRARY(sparsekit, m) {
   // ---- attention
   m.def("block_sparse_attn(" FORWARD ", " LISTS ", " OPTIONS ") -> (Tensor out, Tensor lse)");
@@ -41,6 +49,36 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
   m.def("check_block_lists(" LISTS
         ", SymInt len_k, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
         "bool duplicates=True) -> ()");
+
+  // ---- selection: scores of blocks, columns and rows; the choice of the best; lists and orders built from it
+  m.def("block_scores(Tensor query, Tensor key, " BLOCK_SCORE_OPTIONS
+        ", bool self_similarity=False) -> (Tensor scores, Tensor q_similarity, Tensor k_similarity)");
+  m.def("block_scores_backward(Tensor grad_scores, Tensor query, Tensor key, " BLOCK_SCORE_OPTIONS
+        ") -> (Tensor grad_query, Tensor grad_key)");
+  m.def(
+      "column_scores(Tensor probe_query, Tensor key, Tensor probe_positions, bool causal=True, float? scale=None, "
+      "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None) -> (Tensor columns, Tensor diagonals)");
+  m.def(
+      "row_scores(Tensor query, Tensor key, Tensor lse, Tensor? rows=None, str reduce=\"sum\", bool causal=False, "
+      "float? scale=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None) -> Tensor");
+  m.def(
+      "attention_block_map(Tensor query, Tensor key, Tensor lse, Tensor? kv_num_blocks, Tensor? kv_indices, "
+      "Tensor? full_kv_num_blocks, Tensor? full_kv_indices, Tensor? partial_bits, Tensor? partial_bits_index, "
+      "int[2] block_size, str reduce=\"max\", float? scale=None, bool causal=False, int[2] window=[-1, -1], "
+      "float softcap=0., Tensor? key_bias=None, Tensor? query_positions=None, Tensor? key_positions=None, "
+      "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_k=0) -> Tensor");
+  m.def("select_top_k(Tensor scores, Tensor? row_k, SymInt k, " CHOICE_OPTIONS ") -> " CHOICE);
+  m.def("select_top_p(Tensor probs, Tensor? weights, Tensor? row_p, float p, bool by_head, " CHOICE_OPTIONS
+        ") -> " CHOICE);
+  m.def("select_threshold(Tensor scores, Tensor thresholds, " CHOICE_OPTIONS ") -> " CHOICE);
+  m.def(
+      "vertical_slash_lists(Tensor vertical, Tensor slash, int[2] block_size, SymInt len_q, SymInt len_k, "
+      "SymInt capacity) -> (Tensor indices, Tensor counts, Tensor column_indices, Tensor column_counts)");
+  m.def(
+      "union_block_lists(Tensor indices, Tensor counts, SymInt heads, SymInt key_blocks, SymInt capacity) -> "
+      "(Tensor indices, Tensor counts)");
+  m.def("inverse_permutation(Tensor order, SymInt length) -> Tensor");
+  m.def("permute_tokens(Tensor input, Tensor order) -> Tensor");
 
   // ---- what would run: one line per implementation, "name: runs" or "name: the reason it refuses"
   m.def(

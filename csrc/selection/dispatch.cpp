@@ -1,0 +1,142 @@
+// Checks the arguments of scores and choices and runs the first implementation of the table that the processor offers,
+// SPARSEKIT_ISA allows and that has the kernel. The last entry, the reference, has all.
+#include <climits>
+
+#include "attention/sequences.h"
+#include "common/cpu/features.h"
+#include "selection/implementations.h"
+
+namespace sparsekit {
+namespace {
+
+using Kind = Status::Kind;
+
+struct Entry {
+  const CpuSelection* implementation;
+  Isa isa;
+};
+
+constexpr Entry table[] = {
+#ifdef SPARSEKIT_X86
+    {&selection_cpu_avx512, Isa::avx512},
+    {&selection_cpu_avx2, Isa::avx2},
+#endif
+    {&selection_cpu_portable, Isa::portable},
+    {&selection_cpu_reference, Isa::reference},
+};
+
+template <class Arguments>
+Status run(Status (*CpuSelection::*kernel)(const Arguments&, const ParallelFor&), const Arguments& arguments, bool f64,
+           const ParallelFor& parallel) {
+  Isa limit;
+  bool forced;
+  if (const char* text = isa_limit(&limit, &forced)) return error(Kind::invalid_argument, "%s", text);
+  for (const Entry& entry : table) {
+    if (isa_refuses(entry.isa) || !(entry.implementation->*kernel)) continue;
+    if (f64 && entry.isa != Isa::reference) continue;
+    return (entry.implementation->*kernel)(arguments, parallel);
+  }
+  return error(Kind::unsupported, "no implementation runs here");  // not reached: the reference runs everywhere
+}
+
+/// What every score needs of its problem; the lists are not looked at.
+Status check_problem(const AttentionProblem& problem) {
+  if (problem.heads_kv <= 0 ? problem.heads_q > 0 : problem.heads_q % problem.heads_kv != 0) {
+    return error(Kind::invalid_argument, "query has %lld heads and key %lld; supported: a multiple of key's heads",
+                 (long long)problem.heads_q, (long long)problem.heads_kv);
+  }
+  if (problem.head_dim <= 0)
+    return error(Kind::invalid_argument, "query: the head dimension is 0; supported: 1 and more");
+  AttentionProblem lengths = problem;  // the packed batch alone
+  lengths.lists = {};
+  lengths.lists.list_batch = 0;
+  lengths.lists.block_q = lengths.lists.block_k = 1;
+  lengths.lists.q_blocks = INT64_MAX;
+  return attention_check_lists(lengths, /*duplicates=*/false);
+}
+
+Status check_blocks(const AttentionProblem& problem) {
+  if (problem.lists.block_q <= 0 || problem.lists.block_k <= 0) {
+    return error(Kind::invalid_argument, "block_size is (%d, %d); supported: positive sizes", problem.lists.block_q,
+                 problem.lists.block_k);
+  }
+  return {};
+}
+
+Status check_block_scores(const BlockScores& arguments) {
+  Status status = check_blocks(arguments);
+  if (status.ok()) status = check_problem(arguments);
+  if (!status.ok() || arguments.reduce != BlockReduce::antidiagonal) return status;
+  int32_t stride = arguments.stride;
+  if (stride <= 0 || arguments.lists.block_q % stride || arguments.lists.block_k % stride) {
+    return error(Kind::invalid_argument, "stride is %d; supported: a divisor of both block sizes, %d and %d", stride,
+                 arguments.lists.block_q, arguments.lists.block_k);
+  }
+  return {};
+}
+
+Status check_rows(const RowScores& arguments) {
+  if (!arguments.rows) return {};
+  int64_t batch = arguments.rows_batch ? arguments.batch : 1;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t r = 0; r < arguments.rows_count; ++r) {
+      int32_t row = arguments.rows[b * arguments.rows_batch + r];
+      if (row >= -1 && row < arguments.len_q) continue;
+      return error(Kind::invalid_argument, "rows[%lld, %lld] is %d; supported: -1 (empty) or a row from 0 to %lld",
+                   (long long)b, (long long)r, row, (long long)arguments.len_q - 1);
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+Status block_scores(const BlockScores& arguments, const ParallelFor& parallel) {
+  Status status = check_block_scores(arguments);
+  if (!status.ok()) return status;
+  return run(&CpuSelection::block_scores, arguments, arguments.dtype == DType::f64, parallel);
+}
+
+Status block_scores_backward(const BlockScoresBackward& arguments, const ParallelFor& parallel) {
+  Status status = check_block_scores(arguments);
+  if (!status.ok()) return status;
+  return run(&CpuSelection::block_scores_backward, arguments, arguments.dtype == DType::f64, parallel);
+}
+
+Status column_scores(const ColumnScores& arguments, const ParallelFor& parallel) {
+  Status status = check_problem(arguments);
+  if (!status.ok()) return status;
+  return run(&CpuSelection::column_scores, arguments, arguments.dtype == DType::f64, parallel);
+}
+
+Status row_scores(const RowScores& arguments, const ParallelFor& parallel) {
+  Status status = check_problem(arguments);
+  if (status.ok()) status = check_rows(arguments);
+  if (!status.ok()) return status;
+  return run(&CpuSelection::row_scores, arguments, arguments.dtype == DType::f64, parallel);
+}
+
+Status attention_block_map(const AttentionBlockMap& arguments, const ParallelFor& parallel) {
+  Status status = check_blocks(arguments);
+  if (status.ok()) status = arguments.listed ? attention_check(arguments) : check_problem(arguments);
+  if (status.ok() && arguments.listed) status = attention_check_lists(arguments, /*duplicates=*/false);
+  if (!status.ok()) return status;
+  return run(&CpuSelection::attention_block_map, arguments, arguments.dtype == DType::f64, parallel);
+}
+
+Status choose(const Choice& c, const ParallelFor& parallel) {
+  if (c.columns > INT32_MAX || c.width > INT32_MAX) {
+    return error(Kind::invalid_argument, "scores has rows of %lld, width is %lld; supported: less than 2^31",
+                 (long long)c.columns, (long long)c.width);
+  }
+  int64_t most = c.width < c.columns ? c.width : INT32_MAX;  // lists as wide as the rows hold whatever is asked for
+  if (c.sink < 0 || c.local < 0 || c.min_count < 0 || c.sink + c.local > most || c.min_count > most) {
+    return error(Kind::invalid_argument,
+                 "sink is %lld, local %lld, min_count %lld; supported: sink + local and min_count from 0 to the width "
+                 "of the lists, %lld (or any where that holds a whole row)",
+                 (long long)c.sink, (long long)c.local, (long long)c.min_count, (long long)c.width);
+  }
+  return run(&CpuSelection::choose, c, /*f64=*/false, parallel);
+}
+
+}  // namespace sparsekit
