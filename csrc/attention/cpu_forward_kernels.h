@@ -102,7 +102,6 @@ static void multiply_keys(const LoadedSegment& segment, const typename Product::
 #pragma GCC unroll 16
           for (int i = 0; i < keys; ++i) {
             typename Product::Operand k = Product::broadcast(row[i] + d + set);
-            if (registers > 1) Simd::hold(k);
 #pragma GCC unroll 4
             for (int j = 0; j < registers; ++j) sum[set][i][j] = Product::madd(k, q[j], sum[set][i][j]);
           }
@@ -226,7 +225,6 @@ static void multiply_values(const LoadedSegment* const* segments, int count, con
 #pragma GCC unroll 16
         for (int i = 0; i < columns; ++i) {
           typename Product::Operand v = Product::broadcast(value + i);
-          if (registers > 1) Simd::hold(v);
 #pragma GCC unroll 4
           for (int j = 0; j < registers; ++j) sum[i][j] = Product::madd(v, p[j], sum[i][j]);
         }
