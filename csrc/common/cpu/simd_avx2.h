@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #define SPARSEKIT_INLINE static inline __attribute__((always_inline))
+#define SPARSEKIT_TILES 256  // width of the tiles in simd_tiles_asm.h
 
 namespace sparsekit {
 namespace {

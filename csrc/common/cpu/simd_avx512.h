@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #define SPARSEKIT_INLINE static inline __attribute__((always_inline))
+#define SPARSEKIT_TILES 512  // width of the tiles in simd_tiles_asm.h
 
 namespace sparsekit {
 namespace {
