@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..reference import stripe_mask
 from .cases import AttentionCase, AttentionInputs, _to_list, make_inputs
 
 
@@ -61,3 +62,40 @@ def make_stripe_inputs(case: StripeCase, device: torch.device | str = "cpu") -> 
     indices, counts = draw_columns(case, torch.Generator().manual_seed(case.seed + 1))
     fields = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
     return StripeInputs(**fields, col_indices=indices.to(device), col_counts=counts.to(device))
+
+
+def stripe_pairs(inputs: StripeInputs) -> int:
+    """How many (query head, query row, key) triples the columns, the sink and the local keys let through."""
+    case = inputs.case
+    if case.blocks:
+        raise ValueError("stripe_pairs: blocks beside columns are not counted")
+    options = {name: inputs.kwargs[name] for name in ("group_size", "sink", "local", "causal")}
+    lists_batch, lists_heads = inputs.col_counts.shape[:2]
+    total = 0
+    for b in range(lists_batch):
+        for h in range(lists_heads):
+            lists = (x[b : b + 1, h : h + 1].cpu() for x in (inputs.col_indices, inputs.col_counts))
+            total += int(stripe_mask(*lists, (case.len_q, case.len_k), **options).sum())
+    return total * (case.batch // lists_batch) * (case.heads_q // lists_heads)
+
+
+def stripe_bench_cases(device: str) -> dict[str, StripeCase]:
+    """Benchmark cases by name, which ends with the listed share of the keys in percent."""
+    base = StripeCase(heads_q=4, heads_kv=4, len_q=8192, len_k=8192, seed=7)
+    if device == "cuda":
+        base = base.with_(heads_q=16, heads_kv=16, len_q=32768, len_k=32768)
+    kinds = {
+        "d128": (base, 0.1, 0.25),
+        "d128-group2048": (base.with_(group_size=2048), 0.1, 0.25),
+        "d128-causal": (base.with_(causal=True), 0.1),
+        "d128-band": (base.with_(causal=True, sink=128, local=512), 0.1),
+        "d128-gqa": (base.with_(heads_kv=base.heads_q // 4, lists="kv"), 0.1),
+        "d64": (base.with_(head_dim=64), 0.1),
+        "d128-fp32": (base.with_(dtype=torch.float32), 0.1),
+    }
+    cases = {}
+    for kind, (case, *shares) in kinds.items():
+        for share in shares:
+            name = f"{kind}-{round(100 * share)}"
+            cases[name] = case.with_(name=name, columns=share)
+    return cases
