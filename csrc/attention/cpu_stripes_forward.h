@@ -10,6 +10,7 @@
 #pragma once
 
 #include "attention/cpu_forward_store.h"
+#include "attention/cpu_stripes_cut.h"
 #include "attention/cpu_stripes_pack.h"
 #include "attention/cpu_stripes_plan.h"
 
@@ -310,34 +311,9 @@ static void work(int64_t first, int64_t last, void* context) {
   }
 }
 
-/// Rows that one item may have: of one group and, where there are blocks, of one query block.
-static int64_t rows_together(const AttentionProblem& p) {
-  const int64_t rows = p.stripes.group_size;
-  return p.lists.slots_per_row() > 0 ? smaller(rows, p.lists.block_q) : rows;
-}
-
-/// How many query heads one item may take: those of one key head, where they share lists and bias.
-static int64_t heads_together(const AttentionProblem& p) {
-  const bool shared = p.stripes.list_heads <= p.heads_kv &&
-                      (p.lists.slots_per_row() == 0 || p.lists.list_heads <= p.heads_kv) && p.key_bias_head == 0;
-  return shared ? p.heads_q / p.heads_kv : 1;
-}
-
-/// Calls visit(first, count) for the runs of at most `most` query rows that lie in one group and one query block.
-template <class Visit>
-static void for_each_run(const AttentionProblem& p, int64_t most, Visit visit) {
-  const bool blocks = p.lists.slots_per_row() > 0;
-  for (int64_t first = 0, end; first < p.len_q; first = end) {
-    end = smaller(first + most, p.len_q);
-    end = smaller(end, (first / p.stripes.group_size + 1) * p.stripes.group_size);
-    if (blocks) end = smaller(end, (first / p.lists.block_q + 1) * p.lists.block_q);
-    visit(first, end - first);
-  }
-}
-
 /// Cuts a problem into items; returns how many, and writes them where `items` is not null.
 static int64_t cut(const AttentionForward& p, Item* items) {
-  const int64_t group = heads_together(p);
+  const int64_t group = heads_share_lists(p) && p.key_bias_head == 0 ? p.heads_q / p.heads_kv : 1;
   int64_t size = item_queries;
   // Fewer queries per item where there would be too few items to share out: by shape, so that results never change.
   while (size > 64 && p.batch * p.heads_q * p.len_q < 64 * size) size /= 2;
@@ -346,7 +322,7 @@ static int64_t cut(const AttentionForward& p, Item* items) {
   for (int64_t b = 0; b < p.batch; ++b)
     for (int64_t h = 0; h < p.heads_q;) {
       const int64_t together = smaller(heads, (h / group + 1) * group - h);
-      for_each_run(p, size, [&](int64_t first, int64_t rows) {
+      for_each_piece(p, size, [&](int64_t first, int64_t rows) {
         if (items) items[count] = {b, h, first, int32_t(rows), int32_t(together)};
         ++count;
       });
