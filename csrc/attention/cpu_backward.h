@@ -14,45 +14,16 @@
 // elementwise instructions. What was measured: docs/attention-performance-cpu.md.
 #pragma once
 
-#include <math.h>
 #include <sched.h>
 
-#include "attention/cpu_backward_pack.h"
 #include "attention/cpu_backward_plan.h"
+#include "attention/cpu_backward_tile.h"
 
 namespace sparsekit {
 namespace {
 namespace gradients {
 
-constexpr int tile_queries = 128;  // P and dS of a tile and 128 keys stay in L2
-constexpr int tile_panels = tile_queries / tile_lanes;
 constexpr int64_t scratch_bytes = int64_t(64) << 20;  // of query tiles, unless one key head needs more
-// Units of log 2 as forward's, with the same rounding: what large scores lose by it is lost by lse, too.
-constexpr float log2_of_e = 1.4426950408889634f;
-
-/// Hands out aligned pieces of one piece of memory; without memory, counts how much they need.
-struct Carver {
-  char* memory = nullptr;
-  int64_t size = 0;
-  template <class T>
-  T* take(int64_t count) {
-    int64_t at = size;
-    size += round_up(count * int64_t(sizeof(T)), 64);
-    return memory ? reinterpret_cast<T*>(memory + at) : nullptr;
-  }
-};
-
-/// What a pass over query tiles leaves for the pass over key blocks.
-template <class Product>
-struct PackedTile {
-  using Element = typename Product::Element;
-  Element *query_lanes, *grad_lanes;       // queries in the lanes
-  Element *query_rows, *grad_rows;         // head dimension in the lanes
-  float *lse, *lse_rest, *weight, *delta;  // [tile_queries]; lse in units of log 2
-  float* grad_query;                       // [tile_queries][lanes of head_dim], not yet scaled
-  QueryTile* masks;                        // [tile_panels]
-};
-
 template <class Product, DType dtype>
 class Backward {
   using Element = typename Product::Element;
@@ -80,17 +51,13 @@ class Backward {
                    "transpose_offsets, transpose_slots: backward needs the transposed lists");
     }
     group_ = p_.heads_q / p_.heads_kv;
-    query_steps_ = int(ceil_div(p_.head_dim, pair));
-    value_steps_ = int(ceil_div(p_.value_dim, pair));
-    query_vectors_ = int(ceil_div(p_.head_dim, lanes));
-    value_vectors_ = int(ceil_div(p_.value_dim, lanes));
     tiles_per_block_ = int(ceil_div(lists.block_q, tile_queries));
-    tile_rows_ = int(smaller(lists.block_q, tile_queries));
+    shape_ = tile_shape<Product>(p_, int(smaller(lists.block_q, tile_queries)));
     tiles_ = lists.q_blocks * tiles_per_block_;
     block_keys_ = int(round_up(smaller(lists.block_k, larger(p_.len_k, 1)), 16));
 
     Carver tile, worker;
-    carve_tile(&tile);
+    carve_tile<Product, QueryTile>(shape_, &tile);
     carve_worker(&worker);
     tile_bytes_ = tile.size;
     worker_bytes_ = worker.size;
@@ -124,32 +91,15 @@ class Backward {
     return {b, kv, q, (lists.list_batch == 1 ? 0 : b) * lists.list_heads + q / (p_.heads_q / lists.list_heads)};
   }
 
-  static const char* row_at(const InputView& view, int64_t b, int64_t h, int64_t row) {
-    return static_cast<const char*>(view.data) + view.offset(b, h, row) * size_of(dtype);
-  }
   static char* row_at(const OutputView& view, int64_t b, int64_t h, int64_t row) {
     return static_cast<char*>(view.data) + view.offset(b, h, row) * size_of(dtype);
   }
 
   // ---- query tiles
 
-  PackedTile<Product> carve_tile(Carver* memory) const {
-    PackedTile<Product> t;
-    t.query_lanes = memory->take<Element>(int64_t(query_steps_) * tile_rows_);
-    t.grad_lanes = memory->take<Element>(int64_t(value_steps_) * tile_rows_);
-    t.query_rows = memory->take<Element>(int64_t(tile_rows_ / pair) * query_vectors_ * lanes);
-    t.grad_rows = memory->take<Element>(int64_t(tile_rows_ / pair) * value_vectors_ * lanes);
-    t.lse = memory->take<float>(tile_rows_);
-    t.lse_rest = memory->take<float>(tile_rows_);
-    t.weight = memory->take<float>(tile_rows_);
-    t.delta = memory->take<float>(tile_rows_);
-    t.grad_query = memory->take<float>(int64_t(tile_rows_) * query_vectors_ * lanes);
-    t.masks = memory->take<QueryTile>(tile_panels);
-    return t;
-  }
-  PackedTile<Product> tile_at(int64_t index) const {
+  PackedTile<Product, QueryTile> tile_at(int64_t index) const {
     Carver memory{tiles_memory_.data + index * tile_bytes_, 0};
-    return carve_tile(&memory);
+    return carve_tile<Product, QueryTile>(shape_, &memory);
   }
   /// First row and number of rows of tile `t` of a list row.
   struct TileRows {
@@ -174,45 +124,9 @@ class Backward {
     if (rows.count == 0) return;
     if (plan_.total(head.lists, list_row) == 0) return clear_query_rows(head, rows.first, rows.count);
 
-    PackedTile<Product> tile = tile_at(index);
-    int absent[tile_queries], absent_count = 0;
-    for (int i = 0; i < rows.padded; ++i) {
-      tile.lse[i] = __builtin_inff();  // exp(score - lse) = 0: a row that sees no key, or none
-      tile.lse_rest[i] = tile.weight[i] = tile.delta[i] = 0;
-      if (i >= rows.count) continue;
-      int64_t row = rows.first + i, at = (head.batch * p_.heads_q + head.query_head) * p_.len_q + row;
-      float lse = p_.lse[at];
-      if (lse == -__builtin_inff()) {
-        absent[absent_count++] = i;
-        continue;
-      }
-      float out_dot = dot<dtype>(row_at(p_.grad_out, head.batch, head.query_head, row),
-                                 row_at(p_.out, head.batch, head.query_head, row), p_.value_dim);
-      // exp(lse - lse') instead of exp(score - lse'): a sink far above lse would overflow exp(lse' - lse).
-      float weight = 1;
-      if (p_.sinks) {
-        float sink = p_.sinks[head.query_head];
-        weight = 1 / (1 + expf(sink - lse));
-        sink_parts_[index] -= out_dot / (1 + expf(lse - sink));
-      }
-      double units = lse * 1.4426950408889634;
-      tile.lse[i] = float(units);
-      tile.lse_rest[i] = float(units - tile.lse[i]);
-      tile.weight[i] = weight;
-      tile.delta[i] = weight * out_dot - (p_.grad_lse ? p_.grad_lse[at] : 0.f);
-    }
-    Source query = source(p_.query, head.batch, head.query_head, rows.first, rows.count, p_.head_dim);
-    Source grad = source(p_.grad_out, head.batch, head.query_head, rows.first, rows.count, p_.value_dim);
-    pack_lanes_are_rows<Product, dtype>(query, rows.padded, query_steps_, tile.query_lanes);
-    pack_lanes_are_rows<Product, dtype>(grad, rows.padded, value_steps_, tile.grad_lanes);
-    pack_steps_are_rows<Product, dtype>(query, rows.padded, query_vectors_, tile.query_rows);
-    pack_steps_are_rows<Product, dtype>(grad, rows.padded, value_vectors_, tile.grad_rows);
-    for (int i = 0; i < absent_count; ++i) {
-      clear_lane<Product>(absent[i], rows.padded, query_steps_, tile.query_lanes);
-      clear_lane<Product>(absent[i], rows.padded, value_steps_, tile.grad_lanes);
-      clear_step<Product>(absent[i], rows.padded, query_vectors_, tile.query_rows);
-      clear_step<Product>(absent[i], rows.padded, value_vectors_, tile.grad_rows);
-    }
+    PackedTile<Product, QueryTile> tile = tile_at(index);
+    pack_query_tile<Product, dtype>(p_, shape_, head.batch, head.query_head, rows.first, rows.count, tile,
+                                    &sink_parts_[index]);
     set_masks(head.batch, block, rows, tile.masks);
   }
   void set_masks(int64_t b, const QueryBlock& block, const TileRows& rows, QueryTile* masks) const {
@@ -225,7 +139,7 @@ class Backward {
   }
 
   static Source source(const InputView& view, int64_t b, int64_t h, int64_t first, int count, int dim) {
-    return {row_at(view, b, h, first), view.row * size_of(dtype), count, dim};
+    return {row_of<dtype>(view, b, h, first), view.row * size_of(dtype), count, dim};
   }
 
   void sum_sinks() const {
@@ -247,24 +161,20 @@ class Backward {
     float* bias;           // [keys]
     float *grad_key, *grad_value;
     float* grad_bias;  // [keys][lanes]
-    Element *probability, *grad_score, *grad_score_pairs;
+    ScoreScratch<Product> scores;
     KeySegment* segments;
     PairMask* mask;
   };
-  int64_t row_stride() const { return tile_rows_ / pair + 16; }  // + 16: rows a power of two apart share few cache sets
-  int64_t pair_stride() const { return tile_rows_ + 16; }
   Worker carve_worker(Carver* memory) const {
     Worker w;
-    w.key = memory->take<Element>(block_keys_ * round_up(query_steps_, lanes));
-    w.value = memory->take<Element>(block_keys_ * round_up(value_steps_, lanes));
-    w.key_steps = memory->take<Element>(int64_t(block_keys_ / pair) * query_vectors_ * lanes);
+    w.key = memory->take<Element>(block_keys_ * round_up(shape_.query_steps, lanes));
+    w.value = memory->take<Element>(block_keys_ * round_up(shape_.value_steps, lanes));
+    w.key_steps = memory->take<Element>(int64_t(block_keys_ / pair) * shape_.query_vectors * lanes);
     w.bias = memory->take<float>(block_keys_);
-    w.grad_key = memory->take<float>(int64_t(block_keys_) * query_vectors_ * lanes);
-    w.grad_value = memory->take<float>(int64_t(block_keys_) * value_vectors_ * lanes);
+    w.grad_key = memory->take<float>(int64_t(block_keys_) * shape_.query_vectors * lanes);
+    w.grad_value = memory->take<float>(int64_t(block_keys_) * shape_.value_vectors * lanes);
     w.grad_bias = memory->take<float>(int64_t(block_keys_) * lanes);
-    w.probability = memory->take<Element>(segment_keys * row_stride());
-    w.grad_score = memory->take<Element>(segment_keys * row_stride());
-    w.grad_score_pairs = pair == 1 ? w.grad_score : memory->take<Element>(segment_keys / 2 * pair_stride());
+    w.scores = carve_scores<Product>(shape_, memory);
     w.segments = memory->take<KeySegment>(ceil_div(block_keys_, segment_keys));
     w.mask = memory->take<PairMask>(1);
     return w;
@@ -306,8 +216,8 @@ class Backward {
       char* grad_key = row_at(p_.grad_key, head.batch, head.key_head, block.first + i);
       char* grad_value = row_at(p_.grad_value, head.batch, head.key_head, block.first + i);
       if (loaded) {
-        store_scaled<dtype>(grad_key, w.grad_key + int64_t(i) * query_vectors_ * lanes, p_.scale, p_.head_dim);
-        store_scaled<dtype>(grad_value, w.grad_value + int64_t(i) * value_vectors_ * lanes, 1, p_.value_dim);
+        store_scaled<dtype>(grad_key, w.grad_key + int64_t(i) * shape_.query_vectors * lanes, p_.scale, p_.head_dim);
+        store_scaled<dtype>(grad_value, w.grad_value + int64_t(i) * shape_.value_vectors * lanes, 1, p_.value_dim);
       } else {
         memset(grad_key, 0, size_t(p_.head_dim * size_of(dtype)));
         memset(grad_value, 0, size_t(p_.value_dim * size_of(dtype)));
@@ -319,19 +229,19 @@ class Backward {
     Source key = source(p_.key, head.batch, head.key_head, block.first, int(block.count), p_.head_dim);
     Source value = source(p_.value, head.batch, head.key_head, block.first, int(block.count), p_.value_dim);
     int padded = int(round_up(block.count, 16));
-    pack_left<Product, dtype>(key, padded, round_up(query_steps_, lanes), w.key);
-    pack_left<Product, dtype>(value, padded, round_up(value_steps_, lanes), w.value);
+    pack_left<Product, dtype>(key, padded, round_up(shape_.query_steps, lanes), w.key);
+    pack_left<Product, dtype>(value, padded, round_up(shape_.value_steps, lanes), w.value);
     for (int s = 0; s < segments; ++s) {
       KeySegment& segment = w.segments[s];
       segment = key_segment(p_, block.sequence, head.batch, n - block.sequence.k_block, s);
       Source part = source(p_.key, head.batch, head.key_head, segment.key, segment.count, p_.head_dim);
-      pack_steps_are_rows<Product, dtype>(part, segment.padded, query_vectors_, key_steps_at(w, s));
+      pack_steps_are_rows<Product, dtype>(part, segment.padded, shape_.query_vectors, key_steps_at(w, s));
     }
-    memset(w.grad_key, 0, size_t(padded) * query_vectors_ * lanes * sizeof(float));
-    memset(w.grad_value, 0, size_t(padded) * value_vectors_ * lanes * sizeof(float));
+    memset(w.grad_key, 0, size_t(padded) * shape_.query_vectors * lanes * sizeof(float));
+    memset(w.grad_value, 0, size_t(padded) * shape_.value_vectors * lanes * sizeof(float));
   }
   Element* key_steps_at(const Worker& w, int segment) const {
-    return w.key_steps + int64_t(segment) * (segment_keys / pair) * query_vectors_ * lanes;
+    return w.key_steps + int64_t(segment) * (segment_keys / pair) * shape_.query_vectors * lanes;
   }
 
   void load_bias(const Worker& w, const Head& head, const KeyBlock& block) const {
@@ -363,16 +273,16 @@ class Backward {
       TileRows rows = tile_rows(plan_.query_blocks[list_row], t);
       if (rows.count == 0) break;
       int64_t index = round_query_head * tiles_ + list_row * tiles_per_block_ + t;
-      PackedTile<Product> tile = tile_at(index);
+      PackedTile<Product, QueryTile> tile = tile_at(index);
       bool add = rank > 0, waited = false;
       // The rest of this tile arrives while scores are computed, the start of the next one during the other products.
-      Ahead rest = ahead(tile.query_rows, tile.grad_query + int64_t(rows.padded) * query_vectors_ * lanes, 32);
+      Ahead rest = ahead(tile.query_rows, tile.grad_query + int64_t(rows.padded) * shape_.query_vectors * lanes, 32);
       int64_t next_row = plan_.slot(p_.transpose, head.lists, next) / plan_.slots_per_row;
       bool same_block = t + 1 < tiles_per_block_ || next == at;
       int64_t next_index = same_block ? index + 1 : round_query_head * tiles_ + next_row * tiles_per_block_;
       Ahead following;
       if (next_index < round_heads_ * group_ * tiles_) {
-        PackedTile<Product> next_tile = tile_at(next_index);
+        PackedTile<Product, QueryTile> next_tile = tile_at(next_index);
         following = ahead(next_tile.query_lanes, next_tile.query_rows, 16);
       }
       for (int s = 0; s < segments; ++s) {
@@ -380,22 +290,23 @@ class Backward {
         scores.ahead = &rest;
         if (!make_scores(scores, tile, rows, w.segments[s], w.mask, masked, bits)) continue;
         int steps = rows.padded / pair, keys = w.segments[s].padded;
-        int64_t key = int64_t(s) * segment_keys, query_dim = query_vectors_ * lanes, value_dim = value_vectors_ * lanes;
-        product<Product>({scores.probability, scores.row_stride, 1}, keys, tile.grad_rows, steps, value_vectors_,
+        int64_t key = int64_t(s) * segment_keys, query_dim = shape_.query_vectors * lanes,
+                value_dim = shape_.value_vectors * lanes;
+        product<Product>({scores.probability, scores.row_stride, 1}, keys, tile.grad_rows, steps, shape_.value_vectors,
                          w.grad_value + key * value_dim, value_dim, true, &following);
-        product<Product>({scores.grad_score, scores.row_stride, 1}, keys, tile.query_rows, steps, query_vectors_,
+        product<Product>({scores.grad_score, scores.row_stride, 1}, keys, tile.query_rows, steps, shape_.query_vectors,
                          w.grad_key + key * query_dim, query_dim, true, &following);
         if (!waited) wait_for(&added_[index], rank);
         waited = true;
         product<Product>({scores.grad_score_pairs, 1, scores.pair_stride}, rows.padded, key_steps_at(w, s), keys / pair,
-                         query_vectors_, tile.grad_query, query_dim, add, &following);
+                         shape_.query_vectors, tile.grad_query, query_dim, add, &following);
         add = true;
       }
       if (!waited) wait_for(&added_[index], rank);
       if (last) {
         add ? store_query_rows(head, rows, tile.grad_query) : clear_query_rows(head, rows.first, rows.count);
       } else if (!add) {
-        memset(tile.grad_query, 0, size_t(rows.padded) * query_vectors_ * lanes * sizeof(float));
+        memset(tile.grad_query, 0, size_t(rows.padded) * shape_.query_vectors * lanes * sizeof(float));
       }
       __atomic_store_n(&added_[index], rank + 1, __ATOMIC_RELEASE);
     }
@@ -411,60 +322,30 @@ class Backward {
     }
   }
 
-  ScoreTile<Product> score_tile(const Worker& w, const PackedTile<Product>& tile, const TileRows& rows, int s) const {
-    int64_t key = int64_t(s) * segment_keys;
-    ScoreTile<Product> t;
-    t.key = {w.key + key * round_up(query_steps_, lanes), round_up(query_steps_, lanes), 1};
-    t.value = {w.value + key * round_up(value_steps_, lanes), round_up(value_steps_, lanes), 1};
-    t.query = tile.query_lanes;
-    t.grad_out = tile.grad_lanes;
-    t.query_steps = query_steps_;
-    t.value_steps = value_steps_;
+  ScoreTile<Product> score_tile(const Worker& w, const PackedTile<Product, QueryTile>& tile, const TileRows& rows,
+                                int s) const {
+    const int64_t key = int64_t(s) * segment_keys;
+    ScoreTile<Product> t = score_tile_of<Product>(p_, shape_, tile, rows.padded, w.scores);
+    t.key = {w.key + key * round_up(shape_.query_steps, lanes), round_up(shape_.query_steps, lanes), 1};
+    t.value = {w.value + key * round_up(shape_.value_steps, lanes), round_up(shape_.value_steps, lanes), 1};
     t.count = w.segments[s].count;
     t.keys = w.segments[s].padded;
-    t.query_vectors = rows.padded / lanes;
-    t.lse = tile.lse;
-    t.lse_rest = tile.lse_rest;
-    t.weight = tile.weight;
-    t.delta = tile.delta;
     t.bias = w.bias + key;
-    t.scale = p_.scale * log2_of_e;
-    t.softcap_in = p_.softcap > 0 ? p_.scale / p_.softcap : 0.f;
-    t.softcap_out = p_.softcap * log2_of_e;
-    t.probability = w.probability;
-    t.grad_score = w.grad_score;
-    t.grad_score_pairs = w.grad_score_pairs;
-    t.row_stride = row_stride();
-    t.pair_stride = pair_stride();
     t.grad_bias = p_.grad_key_bias ? w.grad_bias + key * lanes : nullptr;
     return t;
   }
 
   /// P and dS of one tile and segment; false if no query sees a key.
-  bool make_scores(const ScoreTile<Product>& t, const PackedTile<Product>& tile, const TileRows& rows,
+  bool make_scores(const ScoreTile<Product>& t, const PackedTile<Product, QueryTile>& tile, const TileRows& rows,
                    const KeySegment& segment, PairMask* mask, bool masked, int32_t bits) const {
-    int done = 0;  // vectors of queries whose scores stand
-    int panel = 0;
-    for (int first = 0, width; first < t.query_vectors && first * lanes < rows.count; first += width, ++panel) {
-      width = panel_width(first, t.query_vectors);
-      Visible visible = mask->set(p_, tile.masks[panel], segment, masked, bits);
-      if (visible == Visible::none) continue;
-      clear_scores(t, done, first);  // panels between that see nothing
-      done = first + width;
-      if (visible == Visible::some) {
-        score<Product, true>(t, first, width, *mask);
-      } else {
-        score<Product, false>(t, first, width, *mask);
-      }
-    }
-    if (done > 0) clear_scores(t, done, t.query_vectors);
-    return done > 0;
+    return score_panels(t, rows.count, *mask,
+                        [&](int panel) { return mask->set(p_, tile.masks[panel], segment, masked, bits); });
   }
 
   void store_query_rows(const Head& head, const TileRows& rows, const float* grad) const {
     for (int i = 0; i < rows.count; ++i) {
       store_scaled<dtype>(row_at(p_.grad_query, head.batch, head.query_head, rows.first + i),
-                          grad + i * query_vectors_ * lanes, p_.scale, p_.head_dim);
+                          grad + i * shape_.query_vectors * lanes, p_.scale, p_.head_dim);
     }
   }
 
@@ -498,8 +379,8 @@ class Backward {
   const ParallelFor& parallel_;
   Plan plan_;
   int64_t group_ = 1, tiles_ = 0, heads_at_once_ = 1, first_head_ = 0, round_heads_ = 0;
-  int query_steps_ = 0, value_steps_ = 0, query_vectors_ = 0, value_vectors_ = 0;
-  int tiles_per_block_ = 1, tile_rows_ = 0;
+  int tiles_per_block_ = 1;
+  TileShape shape_;
   int64_t block_keys_ = 0, tile_bytes_ = 0, worker_bytes_ = 0, next_unit_ = 0;
   Buffer<char> tiles_memory_, workers_;
   Buffer<int32_t> added_;     // [query head of the round][tile]: entries that have added to its dQ

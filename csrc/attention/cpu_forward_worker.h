@@ -6,7 +6,7 @@
 // lists of the group, at most `segment_keys` keys to a softmax, while the next group is prefetched.
 #pragma once
 
-#include "attention/cpu_forward_kernels.h"
+#include "attention/cpu_forward_store.h"
 
 namespace sparsekit {
 namespace {
@@ -310,11 +310,7 @@ class ForwardWorker {
       const float* from =
           p_.key_bias + now_.item.batch * p_.key_bias_batch + now_.item.head * p_.key_bias_head + s.keys.key;
       float* bias = at<float>(bias_) + used;
-      for (int n = 0; n < s.keys.count; ++n) {
-        // The lowest finite bias stays finite: a row that sees only such keys weighs them evenly.
-        float scaled = from[n] * log2_e;
-        bias[n] = scaled < -__FLT_MAX__ && from[n] >= -__FLT_MAX__ ? -__FLT_MAX__ : scaled;
-      }
+      for (int n = 0; n < s.keys.count; ++n) bias[n] = scaled_bias(from[n]);
       s.bias = bias;
     }
   }
@@ -433,48 +429,9 @@ class ForwardWorker {
     if (segments > 0) flush();
   }
 
-  /// out = O / (l + 2^(sink - m)) and lse; transposed back to rows.
   void store_tile(int t) {
-    constexpr int lanes = Simd::lanes;
-    const QueryTile& tile = tiles_[t];
-    const int width = tile.width();
-    const float* maximum = at<float>(maximum_) + tile_lane_[t];
-    const float* sum = at<float>(sum_) + tile_lane_[t];
-    const float* outputs = at<float>(outputs_) + tile_lane_[t] * value_dim_;
-    alignas(64) float factor[tile_lanes] = {};
-    char* out[tile_lanes];
-    for (int i = 0; i < tile.rows; ++i) {
-      const int64_t head = now_.item.head + i / tile.queries, query = tile.query + i % tile.queries;
-      bool empty = sum[i] == 0;
-      float total = sum[i];
-      if (p_.sinks) total += __builtin_exp2f(p_.sinks[head] * log2_e - maximum[i]);
-      factor[i] = empty ? 0 : 1 / total;
-      float lse = empty ? -__builtin_inff() : maximum[i] * ln_2 + __builtin_logf(sum[i]);
-      if (maximum[i] == -__FLT_MAX__) lse = maximum[i];  // a bias that load_segment kept finite
-      p_.lse[(now_.item.batch * p_.heads_q + head) * p_.len_q + query] = lse;
-      out[i] = static_cast<char*>(p_.out.data) +
-               (now_.item.batch * p_.out.batch + head * p_.out.head + query * p_.out.row) * element_size_;
-    }
-    for (int j = 0; j < width; j += lanes) {
-      const Simd::Float factors = Simd::load(factor + j);
-      const Simd::Mask empty = Simd::equal(factors, Simd::zero());
-      for (int64_t d = 0; d < p_.value_dim; d += lanes) {
-        Simd::Int block[lanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) {
-          Simd::Float value = Simd::mul(Simd::load(outputs + (d + i) * width + j), factors);
-          block[i] = Simd::as_int(Simd::select(empty, Simd::zero(), value));
-        }
-        Simd::transpose(block);
-        int count = int(smaller(p_.value_dim - d, lanes));
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) {
-          if (j + i < tile.rows) {
-            store_row<dtype>(out[j + i], d, count, Simd::as_float(block[i]));
-          }
-        }
-      }
-    }
+    store_outputs<dtype>(p_, tiles_[t], now_.item.batch, now_.item.head, at<float>(maximum_) + tile_lane_[t],
+                         at<float>(sum_) + tile_lane_[t], at<float>(outputs_) + tile_lane_[t] * value_dim_);
   }
 
   ForwardCall& call_;

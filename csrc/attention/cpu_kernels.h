@@ -7,6 +7,8 @@
 #include "attention/cpu_backward.h"
 #include "attention/cpu_forward.h"
 #include "attention/cpu_implementations.h"
+#include "attention/cpu_stripes_backward.h"
+#include "attention/cpu_stripes_forward.h"
 #include "common/cpu/simd_math.h"
 
 namespace sparsekit {
@@ -15,15 +17,18 @@ namespace {
 const char* refuses(const AttentionProblem& problem, Direction, const ParallelFor&) {
   if (problem.dtype == DType::f64) return "float64 is taken by the reference only";
   if (problem.lists.block_q % 16 != 0 || problem.lists.block_k % 16 != 0) return "block sizes must be multiples of 16";
+  if (problem.stripes.group_size % 16 != 0) return "group_size must be a multiple of 16";
   return nullptr;
 }
 
 size_t workspace(const AttentionProblem&, Direction, const ParallelFor&) { return 0; }
 
-Status forward(const AttentionForward& problem, const ParallelFor& parallel) { return run_forward(problem, parallel); }
+Status forward(const AttentionForward& problem, const ParallelFor& parallel) {
+  return problem.stripes.any() ? stripes::run_forward(problem, parallel) : run_forward(problem, parallel);
+}
 
 Status backward(const AttentionBackward& problem, const ParallelFor& parallel) {
-  return run_backward(problem, parallel);
+  return problem.stripes.any() ? stripes::run_backward(problem, parallel) : run_backward(problem, parallel);
 }
 
 }  // namespace

@@ -4,7 +4,11 @@ import argparse
 import importlib
 import sys
 
-FAMILIES = {"attention": "block-sparse attention on random lists per head"}  # a module of this package each
+# A module of this package each.
+FAMILIES = {
+    "attention": "block-sparse attention on random lists per head",
+    "stripes": "stripe-sparse attention on random columns, beside blocks of the same density",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
