@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsekit import BlockPattern
 from sparsekit.selection import block_scores, column_scores, row_limits, select_top_p
 
-from .recipe import Recipe, block_map, lengths_of
+from .recipe import Recipe, block_map, lengths_of, own_blocks
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class FlexPrefill(Recipe):
         by_means = _distance(true, estimate) < self.tau  # [B, Hq]
 
         share = block_scores(query, key, size, causal=True, scale=scale).softmax(-1).nan_to_num(0)
-        options = dict(min_count=least, sink=1, local=1, row_limit=limits)
+        options = dict(min_count=least, sink=1, local=own_blocks(size, (len_q, len_k)), row_limit=limits)
         compressed = block_map(*select_top_p(share, self.gamma, scope="head", **options), share.shape[-1])
 
         blocks = true.shape[-1]

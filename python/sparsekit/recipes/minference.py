@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsekit import BlockPattern
 from sparsekit.selection import block_scores, column_scores, row_limits, select_top_k, vertical_slash_lists
 
-from .recipe import Recipe, Stripes, lengths_of, per_query_head
+from .recipe import Recipe, Stripes, lengths_of, own_blocks, per_query_head
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,10 @@ class BlockSparse:
     def lists(self, query, key, block_size, scale):
         lengths = lengths_of(query, key)
         scores = block_scores(query, key, block_size, causal=True, scale=scale)
-        limits = row_limits(block_size, lengths, device=query.device)
-        indices, counts = select_top_k(scores, min(self.topk, scores.shape[-1]), local=1, row_limit=limits)
+        limits, own = row_limits(block_size, lengths, device=query.device), own_blocks(block_size, lengths)
+        indices, counts = select_top_k(
+            scores, min(self.topk, scores.shape[-1]), local=min(own, self.topk), row_limit=limits
+        )
         none = torch.zeros(*counts.shape, 0, dtype=torch.int32, device=query.device)
         return indices, counts, none, torch.zeros_like(counts)
 

@@ -83,6 +83,13 @@ def lengths_of(query: Tensor, key: Tensor) -> tuple[int, int]:
     return query.shape[2], key.shape[2]
 
 
+def own_blocks(block_size: int | tuple[int, int], lengths: tuple[int, int]) -> int:
+    """How many key blocks the keys of one query block's own tokens can reach into, at most."""
+    block_q, block_k = (block_size, block_size) if isinstance(block_size, int) else block_size
+    aligned = (lengths[1] - lengths[0]) % block_k == 0
+    return -(-block_q // block_k) + (0 if aligned else 1)
+
+
 def per_query_head(x: Tensor, query: Tensor) -> Tensor:
     """`[B, Hkv, ...]` of key heads as `[B, Hq, ...]`."""
     return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)

@@ -13,7 +13,7 @@ import sparsekit
 from sparsekit import BlockPattern
 from sparsekit.selection import attention_block_map, row_limits, select_threshold, select_top_k
 
-from .recipe import Recipe, lengths_of, per_query_head
+from .recipe import Recipe, lengths_of, own_blocks, per_query_head
 
 
 class AttentionGate(nn.Module):
@@ -82,11 +82,12 @@ class SeerAttention(Recipe):
         gate = self.gates[0 if layer is None else layer]
         size, lengths = gate.block_size, lengths_of(query, key)
         share = gate(query, key).softmax(-1).nan_to_num(0)
-        options = dict(local=1, row_limit=row_limits(size, lengths, device=query.device))
+        own = own_blocks(size, lengths)
+        options = dict(local=own, row_limit=row_limits(size, lengths, device=query.device))
         if self.topk is None:
             indices, counts = select_threshold(share, self.threshold, **options)
         else:
-            indices, counts = select_top_k(share, min(self.topk, share.shape[-1]), **options)
+            indices, counts = select_top_k(share, min(max(self.topk, own), share.shape[-1]), **options)
         return BlockPattern.from_indices(indices, counts, size, seq_lengths=lengths, causal=True)
 
 

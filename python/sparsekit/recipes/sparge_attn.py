@@ -9,7 +9,7 @@ import torch
 from sparsekit import BlockPattern
 from sparsekit.selection import block_scores, row_limits, select_top_p
 
-from .recipe import Recipe, block_map, lengths_of, per_query_head
+from .recipe import Recipe, block_map, lengths_of, own_blocks, per_query_head
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class SpargeAttn(Recipe):
     block_size    tokens per block (query, key)
     causal        False for diffusion models
 
-    A causal row's own blocks are always on, or it might see nothing. Not here: the skip of small P V products inside the kernel, and INT8 / FP8 operands: attention over the chosen blocks
-    is exact.
+    A causal row's own blocks are always on, or it might see nothing. Not here: the skip of small P V products inside the
+    kernel, and INT8 / FP8 operands: attention over the chosen blocks is exact.
     """
 
     simthreshd1: float = 0.6
@@ -40,7 +40,7 @@ class SpargeAttn(Recipe):
         unlike_key = per_query_head(key_alike < self.simthreshd1, query)[:, :, None]
         unlike_query = (query_alike < self.simthreshd1)[..., None]
         share = scores.masked_fill(unlike_key, -torch.inf).softmax(-1).nan_to_num(0)  # a row of unlike blocks only: 0
-        own = -(-self.block_size[0] // self.block_size[1]) if self.causal else 0
+        own = own_blocks(self.block_size, lengths) if self.causal else 0
         indices, counts = select_top_p(share, self.cdfthreshd, local=own, row_limit=limits)
         kept = block_map(indices, counts, scores.shape[-1]) | unlike_key | unlike_query
         visible = torch.arange(scores.shape[-1], device=query.device) < limits[:, None]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sparsekit import BlockPattern
 from sparsekit.selection import block_scores, row_limits, select_top_p
 
-from .recipe import Recipe, lengths_of
+from .recipe import Recipe, lengths_of, own_blocks
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class XAttention(Recipe):
             share,
             self.threshold,
             sink=int(self.keep_sink),
-            local=int(self.keep_recent),
+            local=own_blocks(self.block_size, lengths) if self.keep_recent else 0,
             row_limit=row_limits(self.block_size, lengths, device=query.device),
         )
         return BlockPattern.from_indices(indices, counts, self.block_size, seq_lengths=lengths, causal=True)
