@@ -28,6 +28,19 @@ class Stripes:
     local: int = 0
     pattern: BlockPattern | None = None
 
+    def to_token_mask(self, seq_lengths: tuple[int, int]) -> Tensor:
+        """bool `[B|1, H|1, Sq, Sk]`: which keys each row sees, causally. Small inputs only: it holds Sq * Sk numbers."""
+        len_q, len_k = seq_lengths
+        device = self.col_indices.device
+        row = torch.arange(len_q, device=device)[:, None] + (len_k - len_q)
+        column = torch.arange(len_k, device=device)
+        columns = block_map(self.col_indices, self.col_counts, len_k)
+        mask = columns.repeat_interleave(self.group_size, 2)[:, :, :len_q]
+        mask = mask | (column < self.sink) | (column > row - self.local)
+        if self.pattern is not None:
+            mask = mask | self.pattern.to_token_mask()
+        return mask & (column <= row)
+
 
 class Recipe:
     """Sparse attention of a prompt, or a chunk of one: query's rows are the last tokens of key's, causal.
