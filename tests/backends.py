@@ -35,11 +35,13 @@ class Backend:
         with contextlib.nullcontext() if self.device == "cuda" else sparsekit.isa(self.name):
             yield
 
-    def plan(self, dtype, head_dim, value_dim=None, block_size=(64, 64), *, backward=False, packed=False) -> dict:
+    def plan(
+        self, dtype, head_dim, value_dim=None, block_size=(64, 64), *, backward=False, packed=False, group_size=0
+    ) -> dict:
         """{implementation: "runs" or the reason it refuses}, best first, while this backend is forced."""
         plan = OPS.attention_plan_cuda if self.device == "cuda" else OPS.attention_plan_cpu
         with self.forced():
-            text = plan(dtype, head_dim, value_dim or head_dim, list(block_size), backward, packed)
+            text = plan(dtype, head_dim, value_dim or head_dim, list(block_size), backward, packed, group_size)
         return dict(line.split(": ", 1) for line in text.splitlines())
 
     def refusal(self, *problem, **options) -> str | None:

@@ -243,6 +243,11 @@ class Problem:
         return self.case.dtype, self.case.head_dim, self.case.value_dim, self.case.block_size
 
     @property
+    def kind(self) -> dict:
+        """And what decides it besides."""
+        return {"packed": self.case.packed}
+
+    @property
     def options(self) -> dict:
         return dict(self.inputs.kwargs, **({} if self.scale is None else {"scale": self.scale}))
 
@@ -366,7 +371,7 @@ def poisoned(device: str = "cpu"):
 
 def check_forward(backend: Backend, problem: Problem, times: float = 2.0):
     """Runs a problem on a backend and holds out and lse to the reference. Returns them."""
-    with backend.running(*problem.about, packed=problem.case.packed), torch.no_grad():
+    with backend.running(*problem.about, **problem.kind), torch.no_grad():
         leaves = problem.leaves()
         with poisoned(backend.device):
             out, lse = problem.sparse(leaves)
@@ -394,7 +399,7 @@ def check_backward(
             upstream.append(grad_lse.to(lse.dtype).where(lse > -math.inf, 0))
         return torch.autograd.grad(outputs, [leaves[name] for name in wanted], upstream, retain_graph=True)
 
-    with backend.running(*problem.about, backward=True, packed=case.packed):
+    with backend.running(*problem.about, backward=True, **problem.kind):
         with contextlib.nullcontext() if fast else poisoned(backend.device):
             got = gradients(problem.sparse(leaves := problem.leaves()), leaves)
         results = problem.reference(leaves := problem.leaves(torch.float64, "cpu"))

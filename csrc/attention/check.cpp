@@ -89,6 +89,30 @@ Status check_cu_seqlens(const char* name, const int32_t* cu, int64_t sequences, 
   return {};
 }
 
+Status check_stripes(const AttentionProblem& p) {
+  const StripeLists& stripes = p.stripes;
+  if (p.packed()) return error(Kind::unsupported, "cu_seqlens_q: packed batches have no stripes; supported: padded");
+  if (stripes.list_batch != 1 && stripes.list_batch != p.batch) {
+    return error(Kind::invalid_argument, "col_counts has batch size %lld; supported: 1 or query's %lld",
+                 (long long)stripes.list_batch, (long long)p.batch);
+  }
+  if (stripes.list_heads != 1 && stripes.list_heads != p.heads_kv && stripes.list_heads != p.heads_q) {
+    return error(Kind::invalid_argument, "col_counts has %lld heads; supported: 1, key's %lld or query's %lld",
+                 (long long)stripes.list_heads, (long long)p.heads_kv, (long long)p.heads_q);
+  }
+  if (stripes.groups != ceil_div(p.len_q, stripes.group_size)) {
+    return error(Kind::invalid_argument,
+                 "col_counts has %lld groups; supported: %lld, query's length %lld in groups of %d",
+                 (long long)stripes.groups, (long long)ceil_div(p.len_q, stripes.group_size), (long long)p.len_q,
+                 stripes.group_size);
+  }
+  if (stripes.sink < 0 || stripes.local < 0) {
+    return error(Kind::invalid_argument, "sink, local are %lld, %lld; supported: 0 (none) or a number of keys",
+                 (long long)stripes.sink, (long long)stripes.local);
+  }
+  return {};
+}
+
 }  // namespace
 
 Status attention_check(const AttentionProblem& p) {
@@ -109,7 +133,7 @@ Status attention_check(const AttentionProblem& p) {
                  lists.block_k);
   }
   bool has_rows = lists.list_batch * lists.list_heads * lists.q_blocks > 0;  // an empty tensor has no address
-  if (has_rows && !lists.partial.counts && !lists.full.counts) {
+  if (has_rows && !p.stripes.any() && !lists.partial.counts && !lists.full.counts) {
     return error(Kind::invalid_argument, "kv_num_blocks: no list of key blocks is given");
   }
   if (lists.list_batch != 1 && lists.list_batch != p.batch) {
@@ -140,6 +164,39 @@ Status attention_check(const AttentionProblem& p) {
   if (!(p.softcap >= 0.f)) {
     return error(Kind::invalid_argument, "softcap is %g; supported: 0 (none) or a positive number", p.softcap);
   }
+  return p.stripes.any() ? check_stripes(p) : Status{};
+}
+
+Status attention_check_columns(const StripeLists& stripes, int64_t len_k, bool duplicates) {
+  std::vector<int64_t> last_row;
+  if (duplicates) last_row.assign(size_t(len_k), -1);
+  int64_t rows = stripes.list_batch * stripes.list_heads * stripes.groups;
+  for (int64_t row = 0; row < rows; ++row) {
+    long long b = row / stripes.groups / stripes.list_heads, h = row / stripes.groups % stripes.list_heads;
+    long long g = row % stripes.groups;
+    int32_t count = stripes.counts[row];
+    if (count < 0 || count > stripes.capacity) {
+      return error(Kind::invalid_argument,
+                   "col_counts[%lld, %lld, %lld] is %d; supported: 0 to %d, the last size of col_indices", b, h, g,
+                   count, stripes.capacity);
+    }
+    for (int32_t slot = 0; slot < count; ++slot) {
+      int32_t index = stripes.indices[row * stripes.capacity + slot];
+      if (index < -1 || index >= len_k) {
+        return error(Kind::invalid_argument,
+                     "col_indices[%lld, %lld, %lld, %d] is %d; supported: -1 (empty) or a key from 0 to %lld", b, h, g,
+                     slot, index, (long long)len_k - 1);
+      }
+      if (!duplicates || index < 0) continue;
+      if (last_row[size_t(index)] == row) {
+        return error(Kind::invalid_argument,
+                     "col_indices[%lld, %lld, %lld, %d] is %d, a column that this group lists twice; list each column "
+                     "once",
+                     b, h, g, slot, index);
+      }
+      last_row[size_t(index)] = row;
+    }
+  }
   return {};
 }
 
@@ -162,6 +219,9 @@ Status attention_check_lists(const AttentionProblem& problem, bool duplicates) {
     }
   }
   Status status = check_rows(problem, duplicates);
+  if (status.ok() && problem.stripes.any()) {
+    status = attention_check_columns(problem.stripes, problem.len_k, duplicates);
+  }
   if (!status.ok() || !lists.bits_index || !lists.partial.counts) return status;
   int64_t slots = lists.list_batch * lists.list_heads * lists.q_blocks * lists.partial.capacity;
   for (int64_t slot = 0; slot < slots; ++slot) {

@@ -26,11 +26,7 @@ static void forward_worker(int64_t first, int64_t last, void* context) {
       __atomic_store_n(&call.out_of_memory, 1, __ATOMIC_RELAXED);
       return;
     }
-    for (;;) {
-      int64_t next = __atomic_fetch_add(&call.next, 1, __ATOMIC_RELAXED);
-      if (next >= call.item_count) break;
-      worker.run(call.items[call.order[next].value]);
-    }
+    worker.run();
     worker.release();
   }
 }

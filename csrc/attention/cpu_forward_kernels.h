@@ -16,39 +16,59 @@ namespace {
 
 constexpr float log2_e = 1.44269504088896341f, ln_2 = 0.693147180559945309f;
 
-/// Rows (keys, or columns of V) of a register tile of `n` vectors of queries. Accumulators: 16 of 32 or 8 of 16
-/// registers, enough to hide 4 to 6 cycles of latency twice per cycle; a power of two, so that it divides 16.
-constexpr int tile_rows(int n) { return Simd::registers == 32 ? (n == 1 ? 16 : n == 2 ? 8 : 4) : (n == 1 ? 8 : 4); }
+/// Rows (keys, or columns of V) of a register tile of `n` vectors of queries; 16 rows divide into such tiles and one of
+/// what is left. Sums hide the latency of multiply-adds, 4 cycles twice per cycle (7 for bf16), with 8 to 16 of 32 or
+/// 12 of 16 registers.
+constexpr int tile_rows(int n) {
+  return Simd::registers == 32 ? (n == 1 ? 16 : n == 2 ? 8 : 4) : n == 1 ? 8 : Simd::lanes == 8 ? 6 : 4;
+}
 
-/// Keys and values of the next group, brought into L2 row by row while the present group is used.
+/// Rows to bring into L2 while products run, a few lines per register tile: as many as a tile's loads hide.
 struct Prefetch {
-  struct Block {
-    const char* key;
-    const char* value;
-    int rows;
+  struct Region {
+    const char* row;
+    int64_t stride;
+    int32_t lines, rows;
   };
-  Block blocks[64];
+  Region regions[192];
   int count = 0, next = 0;
-  int rows = 0;  // left of the present block
-  const char* key = nullptr;
-  const char* value = nullptr;
-  int64_t key_stride = 0, value_stride = 0, key_bytes = 0, value_bytes = 0;
+  int64_t lines = 0;         // of all regions
+  int per_step = 0;          // lines of one register tile
+  const char* at = nullptr;  // the row at hand
+  int32_t left = 0;          // its lines
 
-  SPARSEKIT_INLINE void step(Prefetch* f, int rows) {
-    for (; rows > 0; --rows) {
-      if (f->rows == 0) {
-        if (f->next == f->count) return;
-        const Block& block = f->blocks[f->next++];
-        f->key = block.key;
-        f->value = block.value;
-        f->rows = block.rows;
-      }
-      for (int64_t at = 0; at < f->key_bytes; at += 64) Simd::prefetch(f->key + at);
-      for (int64_t at = 0; at < f->value_bytes; at += 64) Simd::prefetch(f->value + at);
-      f->key += f->key_stride;
-      f->value += f->value_stride;
-      --f->rows;
+  void clear() { count = next = per_step = left = 0, lines = 0; }
+
+  void add(const char* row, int64_t stride, int64_t bytes, int64_t rows) {
+    if (rows <= 0 || count == int(sizeof regions / sizeof *regions)) return;
+    if (stride == bytes) bytes *= rows, rows = 1;
+    regions[count++] = {row, stride, int32_t((bytes + 63) / 64), int32_t(rows)};
+    lines += regions[count - 1].lines * rows;
+  }
+
+  /// `steps` register tiles are about to run.
+  void spread(int64_t steps) { per_step = int((lines + steps - 1) / larger(1, steps)); }
+
+  SPARSEKIT_INLINE void step(Prefetch* f) {
+    for (int n = f->per_step; n > 0; --n) {
+      if (f->left == 0 && !next_row(f)) return;
+      Simd::prefetch(f->at);
+      f->at += 64;
+      --f->left;
     }
+  }
+
+  static bool next_row(Prefetch* f) {
+    if (f->next == f->count) {
+      f->per_step = 0;
+      return false;
+    }
+    Region& region = f->regions[f->next];
+    f->at = region.row;
+    f->left = region.lines;
+    region.row += region.stride;
+    if (--region.rows == 0) ++f->next;
+    return true;
   }
 };
 
@@ -61,70 +81,58 @@ struct LoadedSegment {
   const float* bias = nullptr;   // [padded] times log2 e, or null
 };
 
-/// Rows of keys in a tile of scores. One vector of queries takes two sets of accumulators over 8 rows, for even and odd
-/// pairs of bf16: 16 row pointers do not fit the registers. fp32 keeps one set: backward repeats its order of
-/// summation, so that what rounding did to a score of 50 it did to lse, too.
+/// Rows of keys in a tile of scores: not 16, whose row pointers would not fit the registers.
 constexpr int tile_keys(int n) { return tile_rows(n) < 8 ? tile_rows(n) : 8; }
 
-/// scores[n][lane] = k_n . q_lane for the keys of a segment; rows past its end repeat the last key. `most` collects the
-/// maximum.
+/// scores[i][lane] = k_n+i . q_lane for `keys` keys; rows past the segment's end repeat its last key. `most` collects
+/// the maximum.
+template <class Product, int registers, int keys>
+SPARSEKIT_INLINE void multiply_key_tile(const LoadedSegment& segment, int n, const typename Product::Element* query,
+                                        int steps, float* scores, Simd::Float (&most)[registers]) {
+  using Element = typename Product::Element;
+  constexpr int width = registers * Simd::lanes;
+  const Element* row[keys];
+#pragma GCC unroll 8
+  for (int i = 0; i < keys; ++i) {
+    int at = n + i < segment.keys.count ? n + i : segment.keys.count - 1;
+    row[i] = reinterpret_cast<const Element*>(segment.key + at * segment.key_stride);
+  }
+  for (int first = 0; first < steps; first += score_chain) {
+    const int last = int(smaller(first + score_chain, steps));
+    Simd::Float sum[keys][registers];
+    Tile<Product>::template multiply_rows<keys, registers>(row, query, last - first, sum);
+#pragma GCC unroll 8
+    for (int i = 0; i < keys; ++i) {
+      row[i] += last - first;
+#pragma GCC unroll 4
+      for (int j = 0; j < registers; ++j) {
+        float* score = scores + i * width + j * Simd::lanes;
+        if (first > 0) sum[i][j] = Simd::add(Simd::load(score), sum[i][j]);
+        Simd::store(score, sum[i][j]);
+        if (last == steps) most[j] = Simd::max(most[j], sum[i][j]);
+      }
+    }
+    query += (last - first) * width;
+  }
+}
+
+/// scores[n][lane] = k_n . q_lane for the keys of a segment.
 template <class Product, int registers>
 static void multiply_keys(const LoadedSegment& segment, const typename Product::Element* queries, int steps,
                           float* scores, Simd::Float* most, Prefetch* prefetch) {
-  using Element = typename Product::Element;
-  constexpr int keys = tile_keys(registers), width = registers * Simd::lanes;
-  constexpr int sets = registers == 1 && Simd::registers == 32 && Product::pair == 2 ? 2 : 1;
+  constexpr int keys = tile_keys(registers), rest = 16 % keys, width = registers * Simd::lanes;
   Simd::Float highest[registers];
   for (int j = 0; j < registers; ++j) highest[j] = most[j];
-  for (int n = 0; n < segment.keys.padded; n += keys) {
-    const Element* row[keys];
-    for (int i = 0; i < keys; ++i) {
-      int at = n + i < segment.keys.count ? n + i : segment.keys.count - 1;
-      row[i] = reinterpret_cast<const Element*>(segment.key + at * segment.key_stride);
+  for (int end = 16, n = 0; end <= segment.keys.padded; end += 16) {
+    for (; n + keys <= end; n += keys) {
+      multiply_key_tile<Product, registers, keys>(segment, n, queries, steps, scores + n * width, highest);
+      Prefetch::step(prefetch);
     }
-    const Element* query = queries;
-    for (int first = 0; first < steps; first += score_chain) {
-      const int last = int(smaller(first + score_chain, steps));
-      Simd::Float sum[sets][keys][registers];
-#pragma GCC unroll 2
-      for (int set = 0; set < sets; ++set)
-#pragma GCC unroll 16
-        for (int i = 0; i < keys; ++i)
-#pragma GCC unroll 4
-          for (int j = 0; j < registers; ++j) sum[set][i][j] = Simd::zero();
-      int d = first;
-      for (; d + sets <= last; d += sets, query += sets * width) {
-#pragma GCC unroll 2
-        for (int set = 0; set < sets; ++set) {
-          typename Product::Operand q[registers];
-#pragma GCC unroll 4
-          for (int j = 0; j < registers; ++j) q[j] = Product::load(query + set * width + j * Simd::lanes);
-#pragma GCC unroll 16
-          for (int i = 0; i < keys; ++i) {
-            typename Product::Operand k = Product::broadcast(row[i] + d + set);
-            if (registers > 1) Simd::hold(k);
-#pragma GCC unroll 4
-            for (int j = 0; j < registers; ++j) sum[set][i][j] = Product::madd(k, q[j], sum[set][i][j]);
-          }
-        }
-      }
-      if (sets == 2 && d < last) {
-#pragma GCC unroll 16
-        for (int i = 0; i < keys; ++i)
-          sum[0][i][0] = Product::madd(Product::broadcast(row[i] + d), Product::load(query), sum[0][i][0]);
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < keys; ++i)
-#pragma GCC unroll 4
-        for (int j = 0; j < registers; ++j) {
-          float* score = scores + (n + i) * width + j * Simd::lanes;
-          if (sets == 2) sum[0][i][j] = Simd::add(sum[0][i][j], sum[sets - 1][i][j]);
-          if (first > 0) sum[0][i][j] = Simd::add(Simd::load(score), sum[0][i][j]);
-          Simd::store(score, sum[0][i][j]);
-          if (last == steps) highest[j] = Simd::max(highest[j], sum[0][i][j]);
-        }
+    if constexpr (rest > 0) {
+      multiply_key_tile<Product, registers, rest>(segment, n, queries, steps, scores + n * width, highest);
+      Prefetch::step(prefetch);
+      n += rest;
     }
-    Prefetch::step(prefetch, keys);
   }
   for (int j = 0; j < registers; ++j) most[j] = highest[j];
 }
@@ -200,45 +208,50 @@ static void softmax(float* scores, int keys, float unit, const Simd::Float* most
   }
 }
 
-/// outputs[d][lane] = outputs * rescale + sum over keys of values[d][key] * weights[key][lane], segment after segment.
-/// Sums begin at zero (as the softmax's do): carried on through 1,024 keys they had three times dense attention's
-/// error.
+/// `columns` rows of outputs, one after the other; see multiply_values.
+template <class Product, int registers, int columns>
+SPARSEKIT_INLINE void multiply_value_tile(const PanelRun* runs, int count, const typename Product::Element* weights,
+                                          const Simd::Float* rescale, bool fresh, float* outputs) {
+  Simd::Float sum[columns][registers];
+  Tile<Product>::template multiply_panel<columns, registers>(runs, count, weights, sum);
+#pragma GCC unroll 16
+  for (int i = 0; i < columns; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < registers; ++j) {
+      float* at = outputs + (i * registers + j) * Simd::lanes;
+      Simd::store(at, fresh ? sum[i][j] : Simd::fma(rescale[j], Simd::load(at), sum[i][j]));
+    }
+  }
+}
+
+/// outputs[d][lane] = outputs * rescale + sum over keys of values[d][key] * weights[key][lane], segment after segment;
+/// `fresh`: there are no outputs yet. Sums begin at zero (as the softmax's do): carried on through 1,024 keys they had
+/// three times dense attention's error.
 template <class Product, int registers>
 static void multiply_values(const LoadedSegment* const* segments, int count, const float* weights, int value_dim,
-                            const Simd::Float* rescale, float* outputs) {
+                            const Simd::Float* rescale, bool fresh, float* outputs, Prefetch* prefetch) {
   using Element = typename Product::Element;
-  constexpr int columns = tile_rows(registers), width = registers * Simd::lanes;
-  for (int d = 0; d < value_dim; d += columns) {
-    float* output = outputs + d * width;
-    Simd::Float sum[columns][registers];
-#pragma GCC unroll 16
-    for (int i = 0; i < columns; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < registers; ++j) sum[i][j] = Simd::zero();
-    const Element* weight = reinterpret_cast<const Element*>(weights);
+  constexpr int columns = tile_rows(registers), rest = panel % columns, width = registers * Simd::lanes;
+  const Element* weight = reinterpret_cast<const Element*>(weights);
+  PanelRun runs[segment_keys / 16];
+  for (int d = 0; d < value_dim; d += panel) {
     for (int s = 0; s < count; ++s) {
-      int steps = segments[s]->keys.padded / Product::pair;
-      const Element* value = static_cast<const Element*>(segments[s]->values) + d / panel * panel * steps + d % panel;
-      for (int n = 0; n < steps; ++n, value += panel, weight += width) {
-        typename Product::Operand p[registers];
-#pragma GCC unroll 4
-        for (int j = 0; j < registers; ++j) p[j] = Product::load(weight + j * Simd::lanes);
-#pragma GCC unroll 16
-        for (int i = 0; i < columns; ++i) {
-          typename Product::Operand v = Product::broadcast(value + i);
-          if (registers > 1) Simd::hold(v);
-#pragma GCC unroll 4
-          for (int j = 0; j < registers; ++j) sum[i][j] = Product::madd(v, p[j], sum[i][j]);
-        }
-      }
+      const int64_t steps = segments[s]->keys.padded / Product::pair;
+      runs[s] = {static_cast<const Element*>(segments[s]->values) + d * steps, steps};
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < columns; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < registers; ++j) {
-        float* at = output + i * width + j * Simd::lanes;
-        Simd::store(at, Simd::fma(rescale[j], Simd::load(at), sum[i][j]));
-      }
+    auto next_columns = [&](int columns) {
+      for (int s = 0; s < count; ++s) runs[s].a = static_cast<const Element*>(runs[s].a) + columns;
+      outputs += columns * width;
+      Prefetch::step(prefetch);
+    };
+    for (int column = 0; column + columns <= panel; column += columns) {
+      multiply_value_tile<Product, registers, columns>(runs, count, weight, rescale, fresh, outputs);
+      next_columns(columns);
+    }
+    if constexpr (rest > 0) {
+      multiply_value_tile<Product, registers, rest>(runs, count, weight, rescale, fresh, outputs);
+      next_columns(rest);
+    }
   }
 }
 

@@ -40,7 +40,7 @@ struct ForwardCall {
   const Ranked* order;  // items, longest first
   int64_t item_count;
   int64_t most_entries;  // of one item
-  int64_t next;          // the work counter
+  int64_t next;          // the work counter: items handed out
   int64_t out_of_memory;
   // Keys and values of all heads packed beforehand, or null: [batch][heads_kv][packed_rows], where each sequence begins
   // at packed_row[sequence], padded to multiples of 16 rows.
@@ -49,6 +49,17 @@ struct ForwardCall {
   const int64_t* packed_row;
   int64_t packed_rows;
   int64_t k_blocks;  // of all sequences
+};
+
+/// An item and its list entries in the order in which they are walked.
+struct ForwardWork {
+  ForwardItem item;
+  Sequence sequence;
+  int64_t kv_head = 0, count = 0;
+  ForwardEntry* entries = nullptr;
+  Ranked* ranked = nullptr;
+
+  const ForwardEntry& entry(int64_t rank) const { return entries[ranked[rank].value]; }
 };
 
 /// How keys and values are packed for the kernels.
@@ -101,14 +112,15 @@ static void pack_blocks(int64_t first, int64_t last, void* context) {
   }
 }
 
-/// One thread's work: its scratch memory and the item at hand.
+/// One thread's work: its scratch memory, the item at hand, and the next one, which it takes when it begins with the
+/// last group of this one, so that its queries and first keys are on their way in time.
 template <class Product, DType dtype>
 class ForwardWorker {
  public:
   using Element = typename Product::Element;
   using Layout = KeyValueLayout<Product, dtype>;
 
-  explicit ForwardWorker(const ForwardCall& call) : call_(call), p_(*call.p) {
+  explicit ForwardWorker(ForwardCall& call) : call_(call), p_(*call.p) {
     const BlockLists& lists = p_.lists;
     steps_ = ceil_div(p_.head_dim, Product::pair);
     value_dim_ = round_up(p_.value_dim, panel);
@@ -131,22 +143,31 @@ class ForwardWorker {
     bias_ = reserve<float>(p_.key_bias ? group_keys_ : 0);
     maximum_ = reserve<float>(item_queries_padded());
     sum_ = reserve<float>(item_queries_padded());
-    entries_ = reserve<ForwardEntry>(call.most_entries);
-    ranked_ = reserve<Ranked>(call.most_entries);
+    const int64_t entries = reserve<ForwardEntry>(2 * call.most_entries);
+    const int64_t ranked = reserve<Ranked>(2 * call.most_entries);
     spare_ = reserve<Ranked>(call.most_entries);
     ready_ = arena_.allocate();
+    if (!ready_) return;
+    now_.entries = at<ForwardEntry>(entries);
+    now_.ranked = at<Ranked>(ranked);
+    next_.entries = now_.entries + call.most_entries;
+    next_.ranked = now_.ranked + call.most_entries;
   }
   void release() { arena_.release(); }
   bool ready() const { return ready_; }
 
-  void run(const ForwardItem& item) {
-    item_ = item;
-    sequence_ = call_.sequences[item.sequence];
-    kv_head_ = item.head / (p_.heads_q / p_.heads_kv);
-    set_tiles();
-    gather_entries();
-    for (int64_t at = 0; at < entry_count_;) at = run_group(at);
-    for (int t = 0; t < tile_count_; ++t) store_tile(t);
+  /// Works on items until none is left.
+  void run() {
+    for (take_next(); more_;) {
+      ForwardWork done = now_;
+      now_ = next_;
+      next_ = done;
+      taken_ = false;
+      set_tiles();
+      for (int64_t at = 0; at < now_.count;) at = run_group(at);
+      if (!taken_) take_next();  // no group was the last
+      for (int t = 0; t < tile_count_; ++t) store_tile(t);
+    }
   }
 
  private:
@@ -164,56 +185,61 @@ class ForwardWorker {
   void set_tiles() {
     tile_count_ = 0;
     int64_t lane = 0;
-    int64_t block_q = p_.lists.block_q, end = item_.first + item_.count;
-    for (int64_t query = item_.first; query < end;) {
+    int64_t block_q = p_.lists.block_q, end = now_.item.first + now_.item.count;
+    for (int64_t query = now_.item.first; query < end;) {
       int64_t block_end = (query / block_q + 1) * block_q;
       const int queries = int(smaller(smaller(block_end, end) - query, tile_lanes));  // times heads: they fit
       int t = tile_count_++;
-      set_tile(p_, sequence_, item_.batch, sequence_.q_begin + query, queries, &tiles_[t], item_.heads);
-      tile_row_[t] = int32_t(query / block_q - item_.first / block_q);
+      set_tile(p_, now_.sequence, now_.item.batch, now_.sequence.q_begin + query, queries, &tiles_[t], now_.item.heads);
+      tile_row_[t] = int32_t(query / block_q - now_.item.first / block_q);
       tile_lane_[t] = lane;
       int width = tiles_[t].width();
       auto row_at = [&](int i) {
-        return row_of<dtype>(p_.query, item_.batch, item_.head + i / queries, tiles_[t].query + i % queries);
+        return row_of<dtype>(p_.query, now_.item.batch, now_.item.head + i / queries, tiles_[t].query + i % queries);
       };
       pack_lanes<Product, dtype>(row_at, tiles_[t].rows, width, p_.head_dim, at<Element>(queries_) + lane * steps_);
       for (int i = 0; i < width; ++i) {
         at<float>(maximum_)[lane + i] = -__builtin_inff();
         at<float>(sum_)[lane + i] = 0;
       }
-      memset(at<float>(outputs_) + lane * value_dim_, 0, size_t(width * value_dim_) * sizeof(float));
+      fresh_[t] = true;
       lane += width;
       query += queries;
     }
   }
 
-  /// The list entries of all query blocks of the item, by key block and then by query block.
-  void gather_entries() {
-    entry_count_ = 0;
-    if (sequence_.list_row < 0) return;  // rows of a packed batch that belong to no sequence
-    int64_t block_q = p_.lists.block_q, block = item_.first / block_q;
-    for (int row = 0; (block + row) * block_q < item_.first + item_.count; ++row) {
-      int64_t number = list_row(p_, item_.batch, item_.head, sequence_.list_row + block + row);
-      gather_list(p_.lists.partial, number, row, true);
-      gather_list(p_.lists.full, number, row, false);
+  /// Takes an item, if there is one left, and gathers its list entries: by key block and then by query block.
+  void take_next() {
+    taken_ = true;
+    const int64_t number = __atomic_fetch_add(&call_.next, 1, __ATOMIC_RELAXED);
+    more_ = number < call_.item_count;
+    if (!more_) return;
+    next_.item = call_.items[call_.order[number].value];
+    next_.sequence = call_.sequences[next_.item.sequence];
+    next_.kv_head = next_.item.head / (p_.heads_q / p_.heads_kv);
+    next_.count = 0;
+    if (next_.sequence.list_row < 0) return;  // rows of a packed batch that belong to no sequence
+    int64_t block_q = p_.lists.block_q, block = next_.item.first / block_q;
+    for (int row = 0; (block + row) * block_q < next_.item.first + next_.item.count; ++row) {
+      int64_t list = list_row(p_, next_.item.batch, next_.item.head, next_.sequence.list_row + block + row);
+      gather_list(p_.lists.partial, list, row, true);
+      gather_list(p_.lists.full, list, row, false);
     }
-    sort(at<Ranked>(ranked_), at<Ranked>(spare_), entry_count_);
+    sort(next_.ranked, at<Ranked>(spare_), next_.count);
   }
 
   void gather_list(const BlockList& list, int64_t number, int row, bool masked) {
-    const int64_t blocks = ceil_div(sequence_.len_k(), p_.lists.block_k);
+    const int64_t blocks = ceil_div(next_.sequence.len_k(), p_.lists.block_k);
     for (int32_t slot = 0, count = list_count(list, number); slot < count; ++slot) {
       int64_t place = number * list.capacity + slot;
       int32_t block = list.indices[place];
       if (block < 0 || block >= blocks) continue;
-      at<ForwardEntry>(entries_)[entry_count_] = {
-          block, masked && p_.lists.bits_index ? p_.lists.bits_index[place] : -1, row, masked};
-      at<Ranked>(ranked_)[entry_count_] = {uint64_t(block) << 16 | uint64_t(row), int32_t(entry_count_)};
-      ++entry_count_;
+      next_.entries[next_.count] = {block, masked && p_.lists.bits_index ? p_.lists.bits_index[place] : -1, row,
+                                    masked};
+      next_.ranked[next_.count] = {uint64_t(block) << 16 | uint64_t(row), int32_t(next_.count)};
+      ++next_.count;
     }
   }
-
-  const ForwardEntry& entry(int64_t rank) const { return at<ForwardEntry>(entries_)[at<Ranked>(ranked_)[rank].value]; }
 
   /// Loads blocks from entry `first` on until the group is full and lets every tile use those it lists.
   int64_t run_group(int64_t first) {
@@ -222,18 +248,26 @@ class ForwardWorker {
     for (int part = 0; part < parts; ++part) {
       last = first;
       group_size_ = 0;
-      for (int64_t used = 0; last < entry_count_ && used + p_.lists.block_k / parts <= group_keys_;) {
-        int32_t block = entry(last).block;
+      for (int64_t used = 0; last < now_.count && used + p_.lists.block_k / parts <= group_keys_;) {
+        int32_t block = now_.entry(last).block;
         load_segment(block, part, used);
         used += p_.lists.block_k;
-        for (; last < entry_count_ && entry(last).block == block && last - first < group_entries; ++last) {
+        for (; last < now_.count && now_.entry(last).block == block && last - first < group_entries; ++last) {
           segment_of_[last - first] = group_size_ - 1;
         }
         if (last - first == group_entries) break;  // blocks that are listed twice, a caller's error
       }
       if (group_size_ == 0) break;  // the block's end lies past the sequence's
       rank_by_row(first, last);
-      announce(part + 1 < parts ? first : last, part + 1 < parts ? part + 1 : 0);
+      prefetch_.clear();
+      if (part + 1 < parts) {
+        announce(now_, first, part + 1);
+      } else if (last < now_.count) {
+        announce(now_, last, 0);
+      } else {
+        announce_next_item();
+      }
+      prefetch_.spread(register_tiles());
       for (int t = 0; t < tile_count_; ++t) run_tile(t);
     }
     return last;
@@ -242,10 +276,10 @@ class ForwardWorker {
   /// The group's entries by query block: what each tile walks.
   void rank_by_row(int64_t first, int64_t last) {
     memset(row_end_, 0, sizeof row_end_);
-    for (int64_t rank = first; rank < last; ++rank) ++row_end_[entry(rank).row];
+    for (int64_t rank = first; rank < last; ++rank) ++row_end_[now_.entry(rank).row];
     for (int row = 1; row < item_queries / 16; ++row) row_end_[row] += row_end_[row - 1];
     for (int64_t rank = last; rank-- > first;) {
-      const ForwardEntry& e = entry(rank);
+      const ForwardEntry& e = now_.entry(rank);
       by_row_[--row_end_[e.row]] = {e.bits, int16_t(segment_of_[rank - first]), e.masked};
     }
     for (int row = 0; row + 1 < item_queries / 16; ++row) row_end_[row] = row_end_[row + 1];  // begins to ends
@@ -255,25 +289,26 @@ class ForwardWorker {
   /// Makes the keys and values of a segment ready, at place `used` (in keys) of the group if they are packed now.
   void load_segment(int64_t block, int part, int64_t used) {
     LoadedSegment& s = group_[group_size_];
-    s.keys = key_segment(p_, sequence_, item_.batch, block, part);
+    s.keys = key_segment(p_, now_.sequence, now_.item.batch, block, part);
     if (s.keys.count <= 0) return;
     ++group_size_;
-    s.key = key_row(s.keys.key);
+    s.key = key_row(now_, s.keys.key);
     s.key_stride = key_stride();
     if (!keys_in_place_ && !call_.packed_keys) {
       Element* packed = at<Element>(keys_) + used * steps_;
-      Layout::pack_keys(p_, item_.batch, kv_head_, s.keys, packed);
+      Layout::pack_keys(p_, now_.item.batch, now_.kv_head, s.keys, packed);
       s.key = reinterpret_cast<const char*>(packed);
     }
-    s.values = value_row(s.keys.key);
+    s.values = value_row(now_, s.keys.key);
     if (!call_.packed_values) {
       Element* packed = at<Element>(values_) + used / Product::pair * value_dim_;
-      Layout::pack_values(p_, item_.batch, kv_head_, s.keys, packed);
+      Layout::pack_values(p_, now_.item.batch, now_.kv_head, s.keys, packed);
       s.values = packed;
     }
     s.bias = nullptr;
     if (p_.key_bias) {
-      const float* from = p_.key_bias + item_.batch * p_.key_bias_batch + item_.head * p_.key_bias_head + s.keys.key;
+      const float* from =
+          p_.key_bias + now_.item.batch * p_.key_bias_batch + now_.item.head * p_.key_bias_head + s.keys.key;
       float* bias = at<float>(bias_) + used;
       for (int n = 0; n < s.keys.count; ++n) {
         // The lowest finite bias stays finite: a row that sees only such keys weighs them evenly.
@@ -285,39 +320,65 @@ class ForwardWorker {
   }
 
   /// Where row `key` stands before this item packs anything, and the bytes from one to the next.
-  const char* key_row(int64_t key) const {
-    if (keys_in_place_ || !call_.packed_keys) return row_of<dtype>(p_.key, item_.batch, kv_head_, key);
-    return call_.packed_keys + packed_row(key) * steps_ * int64_t(sizeof(Element));
+  const char* key_row(const ForwardWork& work, int64_t key) const {
+    if (keys_in_place_ || !call_.packed_keys) return row_of<dtype>(p_.key, work.item.batch, work.kv_head, key);
+    return call_.packed_keys + packed_row(work, key) * steps_ * int64_t(sizeof(Element));
   }
   int64_t key_stride() const { return keys_in_place_ ? p_.key.row * element_size_ : steps_ * int64_t(sizeof(Element)); }
-  const char* value_row(int64_t key) const {
-    if (!call_.packed_values) return row_of<dtype>(p_.value, item_.batch, kv_head_, key);
-    return call_.packed_values + packed_row(key) / Product::pair * value_dim_ * int64_t(sizeof(Element));
+  const char* value_row(const ForwardWork& work, int64_t key) const {
+    if (!call_.packed_values) return row_of<dtype>(p_.value, work.item.batch, work.kv_head, key);
+    return call_.packed_values + packed_row(work, key) / Product::pair * value_dim_ * int64_t(sizeof(Element));
   }
-  int64_t packed_row(int64_t key) const {
-    return (item_.batch * p_.heads_kv + kv_head_) * call_.packed_rows + call_.packed_row[item_.sequence] + key -
-           sequence_.k_begin;
+  int64_t packed_row(const ForwardWork& work, int64_t key) const {
+    return (work.item.batch * p_.heads_kv + work.kv_head) * call_.packed_rows + call_.packed_row[work.item.sequence] +
+           key - work.sequence.k_begin;
   }
 
-  /// Announces the blocks of the next group to the kernels, which prefetch them row by row.
-  void announce(int64_t next, int part) {
-    prefetch_.count = prefetch_.next = prefetch_.rows = 0;
-    const int64_t most = larger(1, group_keys_ / p_.lists.block_k);
-    for (int32_t block = -1; next < entry_count_ && prefetch_.count < most; ++next) {
-      if (entry(next).block == block) continue;
-      block = entry(next).block;
-      int64_t key = int64_t(block) * p_.lists.block_k + part * segment_keys;
-      int64_t rows = smaller(smaller(p_.lists.block_k, segment_keys), sequence_.len_k() - key);
-      if (rows <= 0) continue;
-      prefetch_.blocks[prefetch_.count++] = {key_row(sequence_.k_begin + key), value_row(sequence_.k_begin + key),
-                                             int(rows)};
-    }
-    bool raw_keys = keys_in_place_ || !call_.packed_keys, raw_values = !call_.packed_values;
-    prefetch_.key_stride = raw_keys ? p_.key.row * element_size_ : key_stride();
-    prefetch_.key_bytes = raw_keys ? p_.head_dim * element_size_ : key_stride();
-    prefetch_.value_bytes =
+  /// Announces part `part` of the blocks that are loaded from entry `rank` on to the kernels, which prefetch them.
+  void announce(const ForwardWork& work, int64_t rank, int part) {
+    const bool raw_keys = keys_in_place_ || !call_.packed_keys, raw_values = !call_.packed_values;
+    const int64_t key_bytes = raw_keys ? p_.head_dim * element_size_ : key_stride();
+    const int64_t raw_key_stride = raw_keys ? p_.key.row * element_size_ : key_stride();
+    const int64_t value_bytes =
         raw_values ? p_.value_dim * element_size_ : value_dim_ * int64_t(sizeof(Element)) / Product::pair;
-    prefetch_.value_stride = raw_values ? p_.value.row * element_size_ : prefetch_.value_bytes;
+    const int64_t value_stride = raw_values ? p_.value.row * element_size_ : value_bytes;
+    int64_t most = larger(1, group_keys_ / p_.lists.block_k);
+    for (int32_t block = -1; rank < work.count && most > 0; ++rank) {
+      if (work.entry(rank).block == block) continue;
+      block = work.entry(rank).block;
+      int64_t key = int64_t(block) * p_.lists.block_k + part * segment_keys;
+      int64_t rows = smaller(smaller(p_.lists.block_k, segment_keys), work.sequence.len_k() - key);
+      key += work.sequence.k_begin;
+      if (rows > 0) {
+        prefetch_.add(key_row(work, key), raw_key_stride, key_bytes, rows);
+        prefetch_.add(value_row(work, key), value_stride, value_bytes, rows);
+      }
+      --most;
+    }
+  }
+
+  /// In the last group of an item: the next item's queries and first keys.
+  void announce_next_item() {
+    take_next();
+    if (!more_) return;
+    const ForwardItem& item = next_.item;
+    for (int64_t h = 0; h < item.heads; ++h) {
+      prefetch_.add(row_of<dtype>(p_.query, item.batch, item.head + h, next_.sequence.q_begin + item.first),
+                    p_.query.row * element_size_, p_.head_dim * element_size_, item.count);
+    }
+    announce(next_, 0, 0);
+  }
+
+  /// Register tiles that the group will take, if none of its entries turns out to be masked altogether.
+  int64_t register_tiles() const {
+    int64_t tiles = 0;
+    for (int t = 0; t < tile_count_; ++t) {
+      const int registers = tiles_[t].registers, row = tile_row_[t];
+      int64_t keys = 0;
+      for (int i = row ? row_end_[row - 1] : 0; i < row_end_[row]; ++i) keys += group_[by_row_[i].segment].keys.padded;
+      tiles += keys / tile_keys(registers) + ceil_div(keys, segment_keys) * (value_dim_ / tile_rows(registers));
+    }
+    return tiles;
   }
 
   /// One tile against the group's segments that its query block lists, at most `segment_keys` keys at a time.
@@ -342,8 +403,9 @@ class ForwardWorker {
       Simd::Float rescale[registers];
       softmax<Product, registers>(scores, keys, unit_, most, at<float>(maximum_) + tile_lane_[t],
                                   at<float>(sum_) + tile_lane_[t], rescale);
-      multiply_values<Product, registers>(chunk, segments, scores, int(value_dim_), rescale,
-                                          at<float>(outputs_) + tile_lane_[t] * value_dim_);
+      multiply_values<Product, registers>(chunk, segments, scores, int(value_dim_), rescale, fresh_[t],
+                                          at<float>(outputs_) + tile_lane_[t] * value_dim_, &prefetch_);
+      fresh_[t] = false;
       segments = keys = 0;
     };
     for (int i = tile_row_[t] ? row_end_[tile_row_[t] - 1] : 0; i < row_end_[tile_row_[t]]; ++i) {
@@ -382,16 +444,16 @@ class ForwardWorker {
     alignas(64) float factor[tile_lanes] = {};
     char* out[tile_lanes];
     for (int i = 0; i < tile.rows; ++i) {
-      const int64_t head = item_.head + i / tile.queries, query = tile.query + i % tile.queries;
+      const int64_t head = now_.item.head + i / tile.queries, query = tile.query + i % tile.queries;
       bool empty = sum[i] == 0;
       float total = sum[i];
       if (p_.sinks) total += __builtin_exp2f(p_.sinks[head] * log2_e - maximum[i]);
       factor[i] = empty ? 0 : 1 / total;
       float lse = empty ? -__builtin_inff() : maximum[i] * ln_2 + __builtin_logf(sum[i]);
       if (maximum[i] == -__FLT_MAX__) lse = maximum[i];  // a bias that load_segment kept finite
-      p_.lse[(item_.batch * p_.heads_q + head) * p_.len_q + query] = lse;
+      p_.lse[(now_.item.batch * p_.heads_q + head) * p_.len_q + query] = lse;
       out[i] = static_cast<char*>(p_.out.data) +
-               (item_.batch * p_.out.batch + head * p_.out.head + query * p_.out.row) * element_size_;
+               (now_.item.batch * p_.out.batch + head * p_.out.head + query * p_.out.row) * element_size_;
     }
     for (int j = 0; j < width; j += lanes) {
       const Simd::Float factors = Simd::load(factor + j);
@@ -415,23 +477,22 @@ class ForwardWorker {
     }
   }
 
-  const ForwardCall& call_;
+  ForwardCall& call_;
   const AttentionForward& p_;
   Arena arena_;
   bool ready_ = false, keys_in_place_ = false;
   int64_t steps_, value_dim_, element_size_, group_keys_;
   ScoreTransform transform_;
   float unit_;
-  int64_t queries_, outputs_, scores_, values_, keys_, bias_, maximum_, sum_, entries_, ranked_, spare_;
+  int64_t queries_, outputs_, scores_, values_, keys_, bias_, maximum_, sum_, spare_;
 
-  ForwardItem item_;
-  Sequence sequence_;
-  int64_t kv_head_ = 0;
+  ForwardWork now_, next_;
+  bool more_ = false, taken_ = false;  // there is a next item; it was looked for
   int tile_count_ = 0;
   QueryTile tiles_[most_tiles];
   int32_t tile_row_[most_tiles];   // which query block of the item
   int64_t tile_lane_[most_tiles];  // first lane, where its part of the scratch arrays begins
-  int64_t entry_count_ = 0;
+  bool fresh_[most_tiles];         // no outputs yet
 
   struct GroupEntry {
     int32_t bits;

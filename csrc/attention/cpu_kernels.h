@@ -15,6 +15,7 @@ namespace {
 const char* refuses(const AttentionProblem& problem, Direction, const ParallelFor&) {
   if (problem.dtype == DType::f64) return "float64 is taken by the reference only";
   if (problem.lists.block_q % 16 != 0 || problem.lists.block_k % 16 != 0) return "block sizes must be multiples of 16";
+  if (problem.stripes.any()) return "columns are taken by the reference only";
   return nullptr;
 }
 

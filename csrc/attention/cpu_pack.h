@@ -4,11 +4,12 @@
 
 #include "attention/cpu_tiles.h"
 #include "common/cpu/simd_math.h"
+#include "common/cpu/simd_tiles.h"
 
 namespace sparsekit {
 namespace {
 
-constexpr int panel = 16;  // columns of V that stand together
+constexpr int panel = panel_rows;  // columns of V that stand together
 
 template <DType dtype>
 SPARSEKIT_INLINE const char* row_of(const InputView& view, int64_t b, int64_t h, int64_t row) {

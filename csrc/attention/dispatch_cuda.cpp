@@ -12,6 +12,7 @@ constexpr const CudaAttention* table[] = {
 const char* refuses(const CudaAttention& entry, const AttentionProblem& problem, Direction direction,
                     const CudaContext& context) {
   if (context.compute_capability < 80) return "needs a GPU of compute capability 8.0 (Ampere) or newer";
+  if (problem.stripes.any()) return "columns (stripes) have no CUDA kernel yet";
   return entry.refuses(problem, direction, context);
 }
 

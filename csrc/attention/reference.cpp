@@ -1,4 +1,4 @@
-// Block-sparse attention, written to be read: float64 arithmetic, one query row at a time, every argument.
+// Block- and stripe-sparse attention, written to be read: float64 arithmetic, one query row at a time, every argument.
 //
 //   scores of the keys a row sees -> softmax -> weighted sum of values; backward recomputes the scores
 //
@@ -35,8 +35,10 @@ class RowBuilder {
     row->products.clear();
     row->scores.clear();
     int64_t list_row = lists_.row(b, h, sequence.list_row + (i - sequence.q_begin) / lists_.block_q, p_.heads_q);
+    if (p_.stripes.any()) seen_.assign(size_t(p_.len_k), false);
     visit(sequence, lists_.partial, list_row, /*masked=*/true, row);
     visit(sequence, lists_.full, list_row, /*masked=*/false, row);
+    if (p_.stripes.any()) visit_stripes(sequence, row);
   }
 
  private:
@@ -48,13 +50,36 @@ class RowBuilder {
       int64_t first = sequence.k_begin + int64_t(list.indices[entry]) * lists_.block_k;
       for (int64_t j = first; j < first + lists_.block_k && j < sequence.k_end; ++j) {
         if (masked && !(bit(sequence, entry, row->index, j - first) && in_window(sequence, *row, j))) continue;
-        double product = p_.scale * dot(*row, j);
-        if (p_.softcap > 0) product = p_.softcap * std::tanh(product / p_.softcap);
-        row->keys.push_back(j);
-        row->products.push_back(product);
-        row->scores.push_back(product + bias(*row, j));
+        see(j, row);
       }
     }
+  }
+
+  /// Sink and local keys, and the columns of the row's group: those that it has not seen yet.
+  void visit_stripes(const Sequence& sequence, Row* row) const {
+    const StripeLists& stripes = p_.stripes;
+    int64_t q = query_position(sequence, *row);
+    for (int64_t j = 0; j < p_.len_k; ++j) {
+      int64_t k = key_position(sequence, *row, j);
+      bool sink = stripes.sink > 0 && k < stripes.sink && (!p_.causal || k <= q),
+           local = k <= q && k > q - stripes.local;
+      if ((sink || local) && !seen_[size_t(j)]) see(j, row);
+    }
+    int64_t list = stripes.row(row->batch, row->head, row->index / stripes.group_size, p_.heads_q);
+    for (int32_t slot = 0; slot < stripes.counts[list]; ++slot) {
+      int64_t j = stripes.indices[list * stripes.capacity + slot];
+      if (j < 0 || seen_[size_t(j)] || (p_.causal && key_position(sequence, *row, j) > q)) continue;
+      see(j, row);
+    }
+  }
+
+  void see(int64_t j, Row* row) const {
+    double product = p_.scale * dot(*row, j);
+    if (p_.softcap > 0) product = p_.softcap * std::tanh(product / p_.softcap);
+    row->keys.push_back(j);
+    row->products.push_back(product);
+    row->scores.push_back(product + bias(*row, j));
+    if (p_.stripes.any()) seen_[size_t(j)] = true;
   }
 
   bool bit(const Sequence& sequence, int64_t entry, int64_t i, int64_t column) const {
@@ -65,11 +90,17 @@ class RowBuilder {
   }
 
   bool in_window(const Sequence& sequence, const Row& row, int64_t j) const {
-    int64_t q = p_.query_positions ? p_.query_positions[row.batch * p_.query_positions_batch + row.index]
-                                   : row.index - sequence.q_begin + sequence.len_k() - sequence.len_q();
-    int64_t k = p_.key_positions ? p_.key_positions[row.batch * p_.key_positions_batch + j] : j - sequence.k_begin;
+    int64_t q = query_position(sequence, row), k = key_position(sequence, row, j);
     return (!p_.causal || k <= q) && (p_.window_left < 0 || k >= q - p_.window_left) &&
            (p_.window_right < 0 || k <= q + p_.window_right);
+  }
+
+  int64_t query_position(const Sequence& sequence, const Row& row) const {
+    return p_.query_positions ? p_.query_positions[row.batch * p_.query_positions_batch + row.index]
+                              : row.index - sequence.q_begin + sequence.len_k() - sequence.len_q();
+  }
+  int64_t key_position(const Sequence& sequence, const Row& row, int64_t j) const {
+    return p_.key_positions ? p_.key_positions[row.batch * p_.key_positions_batch + j] : j - sequence.k_begin;
   }
 
   double dot(const Row& row, int64_t j) const {
@@ -87,6 +118,7 @@ class RowBuilder {
 
   const AttentionProblem& p_;
   const BlockLists& lists_;
+  mutable std::vector<bool> seen_;  // keys that the row at hand sees; for stripes, which count a key once
 };
 
 /// The softmax of a row: exp(score - largest) / sum. Kept apart rather than as one logarithm, which would swallow the

@@ -134,7 +134,7 @@ struct AttentionOps {
     return {out, lse};
   }
 
- private:
+ protected:
   static std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 
   /// lse of a query: float32 [batch, heads, rows] ([heads, rows] when packed); float64 for float64 tensors.

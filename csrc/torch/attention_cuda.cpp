@@ -11,7 +11,7 @@ std::string attention_plan_cuda(SPARSEKIT_PLAN_PARAMETERS) {
   int32_t device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&device));
   cuda_device_properties(device, &context.compute_capability, &context.multiprocessors);
-  return plan_text(attention_plan(plan_problem(dtype, head_dim, value_dim, block_size, packed),
+  return plan_text(attention_plan(plan_problem(dtype, head_dim, value_dim, block_size, packed, group_size),
                                   backward ? Direction::backward : Direction::forward, context));
 }
 

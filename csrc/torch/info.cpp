@@ -14,7 +14,7 @@ std::string cpu_features() {
 }
 
 std::string attention_plan_cpu(SPARSEKIT_PLAN_PARAMETERS) {
-  return plan_text(attention_plan(plan_problem(dtype, head_dim, value_dim, block_size, packed),
+  return plan_text(attention_plan(plan_problem(dtype, head_dim, value_dim, block_size, packed, group_size),
                                   backward ? Direction::backward : Direction::forward, torch_parallel()));
 }
 

@@ -8,12 +8,14 @@
 
 namespace sparsekit {
 
-#define SPARSEKIT_PLAN_PARAMETERS \
-  ScalarType dtype, int64_t head_dim, int64_t value_dim, std::vector<int64_t> block_size, bool backward, bool packed
+#define SPARSEKIT_PLAN_PARAMETERS                                                                                     \
+  ScalarType dtype, int64_t head_dim, int64_t value_dim, std::vector<int64_t> block_size, bool backward, bool packed, \
+      int64_t group_size
 
-/// A small problem of this kind: refusals depend on dtype, dimensions, blocks and packing, not on lengths.
+/// A small problem of this kind: refusals depend on dtype, dimensions, blocks, groups of rows (0: no stripes)
+/// and packing, not on lengths.
 inline AttentionProblem plan_problem(ScalarType dtype, int64_t head_dim, int64_t value_dim,
-                                     const std::vector<int64_t>& block_size, bool packed) {
+                                     const std::vector<int64_t>& block_size, bool packed, int64_t group_size) {
   if (block_size.size() != 2) fail("block_size has %zu numbers; supported: 2, (query, key)", block_size.size());
   static const int32_t one_sequence[2] = {0, 1};
   AttentionProblem problem;
@@ -26,6 +28,8 @@ inline AttentionProblem plan_problem(ScalarType dtype, int64_t head_dim, int64_t
   problem.lists.q_blocks = 1;
   if (packed) problem.cu_seqlens_q = problem.cu_seqlens_k = one_sequence;
   problem.sequences = packed ? 1 : 0;
+  problem.stripes.group_size = int32_t(group_size);
+  problem.stripes.groups = group_size > 0 ? 1 : 0;
   return problem;
 }
 

@@ -9,6 +9,11 @@
 #define LISTS                                                                                      \
   "Tensor kv_num_blocks, Tensor kv_indices, Tensor? full_kv_num_blocks, Tensor? full_kv_indices, " \
   "Tensor? partial_bits, Tensor? partial_bits_index, int[2] block_size"
+// The same where a call may have none, and its columns.
+#define OPTIONAL_LISTS                                                                               \
+  "Tensor? kv_num_blocks, Tensor? kv_indices, Tensor? full_kv_num_blocks, Tensor? full_kv_indices, " \
+  "Tensor? partial_bits, Tensor? partial_bits_index, int[2] block_size"
+#define STRIPES "Tensor col_indices, Tensor col_counts, int group_size, int sink, int local"
 #define PACKED "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 #define OPTIONS                                                                      \
   "float? scale=None, bool causal=False, int[2] window=[-1, -1], float softcap=0., " \
@@ -79,13 +84,19 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
       "(Tensor indices, Tensor counts)");
   m.def("inverse_permutation(Tensor order, SymInt length) -> Tensor");
   m.def("permute_tokens(Tensor input, Tensor order) -> Tensor");
+  // ---- attention: stripes
+  m.def("stripe_sparse_attn(" FORWARD ", " STRIPES ", " OPTIONAL_LISTS ", " OPTIONS ") -> (Tensor out, Tensor lse)");
+  m.def("stripe_sparse_attn_backward(" BACKWARD ", " STRIPES ", " OPTIONAL_LISTS ", " OPTIONS
+        ", bool key_bias_grad=False, bool deterministic=False) -> " GRADIENTS);
+  // CPU only, as check_block_lists.
+  m.def("check_column_lists(Tensor col_indices, Tensor col_counts, SymInt len_k, bool duplicates=True) -> ()");
 
   // ---- what would run: one line per implementation, "name: runs" or "name: the reason it refuses"
   m.def(
       "attention_plan_cpu(ScalarType dtype, int head_dim, int value_dim, int[2] block_size, bool backward=False, "
-      "bool packed=False) -> str");
+      "bool packed=False, int group_size=0) -> str");
   m.def(
       "attention_plan_cuda(ScalarType dtype, int head_dim, int value_dim, int[2] block_size, bool backward=False, "
-      "bool packed=False) -> str");
+      "bool packed=False, int group_size=0) -> str");
   m.def("cpu_features() -> str");
 }

@@ -56,6 +56,32 @@ struct BlockTranspose {
   const int32_t* slots = nullptr;    // [list_batch, list_heads, q_blocks * slots_per_row]
 };
 
+/// Keys that rows see beside blocks ("stripes"): per group of query rows a list of key columns, and for every row the
+/// first keys and the last ones before it. A row sees the union of what these and the blocks show it, each key once:
+///
+///   columns   key j of its group's list, where causality allows it
+///   sink      keys at positions below `sink`, where causality allows it
+///   local     keys at positions p - local + 1 .. p, where p is the row's position
+///
+/// Bits, window and full blocks are the blocks' alone. A column that a list names twice counts once on the CPU; it is
+/// the caller's error (attention_check_columns finds it).
+struct StripeLists {
+  const int32_t* counts = nullptr;   // [list_batch, list_heads, groups]
+  const int32_t* indices = nullptr;  // [list_batch, list_heads, groups, capacity], rows of key; -1: an empty slot
+  int32_t capacity = 0;
+  int32_t group_size = 0;  // query rows of a group; 0: the problem has no stripes, only blocks
+  int64_t list_batch = 1;  // 1 or batch
+  int64_t list_heads = 1;  // 1, heads_kv or heads_q
+  int64_t groups = 0;      // ceil(len_q / group_size)
+  int64_t sink = 0, local = 0;
+
+  bool any() const { return group_size > 0; }
+  /// Row number (into counts) of group `g` of query head `h` of batch `b`.
+  int64_t row(int64_t b, int64_t h, int64_t g, int64_t heads_q) const {
+    return ((list_batch == 1 ? 0 : b) * list_heads + h / (heads_q / list_heads)) * groups + g;
+  }
+};
+
 /// Everything forward and backward share.
 struct AttentionProblem {
   DType dtype = DType::f32;  // of query, key, value, out and their gradients
@@ -64,7 +90,8 @@ struct AttentionProblem {
   int32_t head_dim = 0, value_dim = 0;
   InputView query, key, value;
 
-  BlockLists lists;
+  BlockLists lists;     // with stripes both lists may be absent; block sizes are positive all the same
+  StripeLists stripes;  // not in packed batches
 
   float scale = 1.f;
   float softcap = 0.f;                          // 0: none
@@ -105,8 +132,8 @@ struct AttentionBackward : AttentionProblem {
   const float* lse = nullptr;            // [batch, heads_q, len_q]
   const float* grad_lse = nullptr;       // [batch, heads_q, len_q] or null
   const double* grad_lse_f64 = nullptr;  // instead of grad_lse where dtype is f64 (lse is not read there)
-  BlockTranspose transpose;
-  bool deterministic = false;  // the CPU kernels always are
+  BlockTranspose transpose;              // not read where the problem has stripes
+  bool deterministic = false;            // the CPU kernels always are
 
   OutputView grad_query, grad_key, grad_value;
   float* grad_key_bias = nullptr;  // [batch, heads_q, len_k] or null: per query head, the caller sums what it broadcast
@@ -143,6 +170,9 @@ Status attention_check(const AttentionProblem& problem);
 /// Checks the contents of the lists and names the first bad entry: an index out of range, a count larger than the
 /// list, and with `duplicates` a block that one row lists twice. Reads CPU memory.
 Status attention_check_lists(const AttentionProblem& problem, bool duplicates);
+
+/// The same for the lists of columns; of the problem's sizes it reads len_k. `duplicates`: also a column listed twice.
+Status attention_check_columns(const StripeLists& stripes, int64_t len_k, bool duplicates);
 
 /// What each implementation of the library says to a problem, best first: `reason` is null where it would run.
 struct AttentionPlan {

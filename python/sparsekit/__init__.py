@@ -21,6 +21,7 @@ _HOMES = {
     "info": "_info",
     "isa": "_library",
     "merge_attention_states": "attention",
+    "stripe_sparse_attention": "stripes",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

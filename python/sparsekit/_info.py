@@ -39,6 +39,7 @@ def info(
     value_dim: int | None = None,
     block_size: int | tuple[int, int] | None = None,
     packed: bool = False,
+    group_size: int = 0,
 ) -> Info:
     """Versions, instruction sets, GPU architectures; and for an attention problem, what runs and why the others do not.
 
@@ -52,6 +53,7 @@ def info(
         backward: the plan of the backward instead of the forward.
         device: "cpu" or "cuda"; default query's, else "cpu".
         dtype, head_dim, value_dim, block_size, packed: the kind of the problem. value_dim defaults to head_dim.
+        group_size: of `stripe_sparse_attention`; 0 for block-sparse attention.
 
     Returns:
         A dictionary that prints as text. Its entry "attention" maps each implementation, best first, to "runs" or to
@@ -76,6 +78,7 @@ def info(
             block_size,
             backward,
             packed,
+            group_size,
         )
     return report
 
@@ -111,16 +114,20 @@ def _cuda() -> dict:
     return report
 
 
-def _plan(device: str, dtype, head_dim: int, value_dim: int, block_size, backward: bool, packed: bool) -> dict:
+def _plan(
+    device: str, dtype, head_dim: int, value_dim: int, block_size, backward: bool, packed: bool, group_size: int
+) -> dict:
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: found {device!r}, supported are 'cpu' and 'cuda'")
     kind = f"{device} {'backward' if backward else 'forward'}"
     problem = f"{str(dtype).removeprefix('torch.')}, head dim {head_dim}, value dim {value_dim}, blocks {block_size}"
     plan: dict = {"problem": f"{kind}, {problem}" + (", packed" if packed else "")}
+    if group_size:
+        plan["problem"] += f", stripes of {group_size} rows"
     if device == "cuda" and _library.cuda_status != "loaded":
         return plan | {"cuda": f"the CUDA library is not loaded: {_library.cuda_status}"}
     op = torch.ops.sparsekit.attention_plan_cpu if device == "cpu" else torch.ops.sparsekit.attention_plan_cuda
-    text = op(dtype, head_dim, value_dim, block_size, backward, packed)
+    text = op(dtype, head_dim, value_dim, block_size, backward, packed, group_size)
     return plan | dict(line.split(": ", 1) for line in text.splitlines())
 
 

@@ -211,28 +211,39 @@ def merge_attention_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tu
 
 
 def check(
-    pattern: BlockPattern | BlockMask,
+    pattern: BlockPattern | BlockMask | None,
     *,
     query: Tensor | None = None,
     key: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    col_indices: Tensor | None = None,
+    col_counts: Tensor | None = None,
     duplicates: bool = True,
 ) -> None:
-    """Raises if a pattern is not right: an index out of range, a count larger than its list, a block listed twice.
+    """Raises if lists are not right: an index out of range, a count larger than its list, a block or column listed
+    twice.
 
     Reads the lists on the CPU, so on CUDA it waits for the device. With SPARSEKIT_CHECK=1 in the environment every
     attention call does it; not while compiling or capturing a graph.
 
     Args:
-        query, key: the tensors of a call, to check the lists' shape against them too.
+        pattern: block lists; None where a call of `stripe_sparse_attention` has none.
+        query, key: the tensors of a call, to check the lists' shape against them too. Columns need `key`.
         cu_seqlens_q, cu_seqlens_k: int32 `[sequences + 1]` of a packed batch.
-        duplicates: also look for blocks listed twice, which would count twice.
+        col_indices, col_counts: the columns of `stripe_sparse_attention`.
+        duplicates: also look for blocks listed twice, which would count twice, and for columns listed twice.
 
     Raises:
         ValueError: the lists do not fit `query` and `key`.
         RuntimeError: the first bad entry, by its place.
     """
+    if col_indices is not None and col_counts is not None:
+        if key is None:
+            raise ValueError("key: None found beside columns, supported is the key of the call, whose rows they are")
+        torch.ops.sparsekit.check_column_lists(col_indices.cpu(), col_counts.cpu(), key.shape[2], duplicates)
+    if pattern is None:
+        return
     pattern = as_pattern(pattern)
     packed = cu_seqlens_q is not None
     axes = (0, 1, 0) if packed else (2, 1, None)  # of rows and heads, and of the batch where there is one

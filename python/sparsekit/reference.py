@@ -1,4 +1,4 @@
-"""Block-sparse attention in float64 with the whole mask expanded: the ground truth of the tests, written to be read.
+"""Block- and stripe-sparse attention in float64 with the whole mask expanded: the ground truth of the tests, written to be read.
 
     score[i, j] = softcap(scale * q_i . k_j) + key_bias_j
     out_i       = sum_j exp(score[i, j]) v_j / (sum_j exp(score[i, j]) + exp(sink)),     j over the keys that row i sees
@@ -83,9 +83,89 @@ def block_sparse_attention(
     key_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(out [B, Hq, Sq, Dv], lse [B, Hq, Sq])` in float64, of the arguments of `sparsekit.block_sparse_attention`."""
-    pattern = as_pattern(pattern)
+    mask = token_mask(as_pattern(pattern), query_positions, key_positions)
+    return masked_attention(query, key, value, mask, scale=scale, key_bias=key_bias, softcap=softcap, sinks=sinks)
+
+
+def stripe_mask(
+    col_indices: Tensor,
+    col_counts: Tensor,
+    lengths: tuple[int, int],
+    *,
+    group_size: int,
+    sink: int = 0,
+    local: int = 0,
+    causal: bool = False,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+) -> Tensor:
+    """bool `[B|1, H|1, Sq, Sk]`: which query sees which key as a column, as a sink or as a local key."""
+    length_q, length_k = lengths
+    device = col_indices.device
+    if query_positions is None:
+        query_positions = torch.arange(length_q, device=device)[None] + length_k - length_q
+    if key_positions is None:
+        key_positions = torch.arange(length_k, device=device)[None]
+    at_query, at_key = query_positions[:, None, :, None].long(), key_positions[:, None, None, :].long()
+
+    used = listed_slots(col_counts, col_indices) & (col_indices >= 0) & (col_indices < length_k)
+    columns = torch.zeros(*col_indices.shape[:3], length_k + 1, dtype=torch.bool, device=device)
+    columns.scatter_(-1, col_indices.where(used, length_k).long(), True)  # what is no column goes to the last, unused
+    columns = columns[..., :length_k].repeat_interleave(group_size, dim=2)[:, :, :length_q]
+
+    allowed = (at_key <= at_query) | (not causal)
+    sinks = (at_key < sink) & allowed & (sink > 0)
+    return (columns & allowed) | sinks | ((at_key <= at_query) & (at_key > at_query - local))
+
+
+def stripe_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    col_indices: Tensor,
+    col_counts: Tensor,
+    *,
+    group_size: int,
+    sink: int = 0,
+    local: int = 0,
+    pattern: BlockPattern | None = None,
+    causal: bool = False,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` in float64, of the arguments of `sparsekit.stripe_sparse_attention` (without `state`)."""
+    mask = stripe_mask(
+        col_indices,
+        col_counts,
+        (query.shape[2], key.shape[2]),
+        group_size=group_size,
+        sink=sink,
+        local=local,
+        causal=causal,
+        query_positions=query_positions,
+        key_positions=key_positions,
+    )
+    mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
+    if pattern is not None:
+        blocks = token_mask(as_pattern(pattern), query_positions, key_positions)
+        mask = mask | blocks.repeat_interleave(query.shape[1] // blocks.shape[1], dim=1)
+    return masked_attention(query, key, value, mask, **options)
+
+
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`(out [B, Hq, Sq, Dv], lse [B, Hq, Sq])` in float64, where `mask [B|1, H|1, Sq, Sk]` says who sees whom."""
     heads = query.shape[1]
-    mask = token_mask(pattern, query_positions, key_positions)
     mask = mask.repeat_interleave(heads // mask.shape[1], dim=1)
     query, key, value = query.double(), key.double(), value.double()
     key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))

@@ -20,7 +20,8 @@ struct Bf16Product {
   SPARSEKIT_INLINE Operand load(const Element* p) { return _mm512_loadu_si512(p); }
   SPARSEKIT_INLINE Operand broadcast(const Element* p) { return _mm512_set1_epi32(int32_t(*p)); }
   SPARSEKIT_INLINE Simd::Float madd(Operand a, Operand b, Simd::Float c) {
-    return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+    asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));  // in registers: see Simd::fma_registers
+    return c;
   }
   /// Two rows of fp32 to one row of pairs: `even` in the low halves. Rounds half away from zero: 4 instructions, where
   /// vcvtne2ps2bf16 needs a shuffle besides (its halves are not interleaved).

@@ -13,7 +13,7 @@ struct FloatProduct {
 
   SPARSEKIT_INLINE Operand load(const Element* p) { return Simd::load(p); }
   SPARSEKIT_INLINE Operand broadcast(const Element* p) { return Simd::set(*p); }
-  SPARSEKIT_INLINE Simd::Float madd(Operand a, Operand b, Simd::Float c) { return Simd::fma(a, b, c); }
+  SPARSEKIT_INLINE Simd::Float madd(Operand a, Operand b, Simd::Float c) { return Simd::fma_registers(a, b, c); }
   SPARSEKIT_INLINE void store(Element* p, Operand a) { Simd::store(p, a); }
   /// Neighbouring lanes to neighbouring elements of an inner dimension: lanes / pair elements.
   SPARSEKIT_INLINE void store_neighbours(Element* p, Simd::Float a) { Simd::store(p, a); }

@@ -86,8 +86,7 @@ struct Simd {
     for (int i = 0; i < count; ++i) p[i] = round_f16(a[i]);
   }
   SPARSEKIT_INLINE void store_f16(uint16_t* p, Float a) { store_f16_partial(p, a, lanes); }
-  template <class T>
-  SPARSEKIT_INLINE void hold(T&) {}  // see simd_avx512.h
+  SPARSEKIT_INLINE Float fma_registers(Float a, Float b, Float c) { return a * b + c; }  // see simd_avx512.h
   SPARSEKIT_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
   // ---- arithmetic

@@ -1,4 +1,4 @@
-"""The attention ops: block-sparse attention, padded and packed, and the merging of states."""
+"""The attention ops: block-sparse attention, padded and packed, stripe-sparse attention, and the merging of states."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake, register_vmap
 
-from .common import argument_names, autocast, loop_vmap, one_by_one, refuse_second_derivative
+from .common import argument_names, autocast, differentiable, loop_vmap, one_by_one, refuse_second_derivative
 
 _ops = torch.ops.sparsekit
 
@@ -22,18 +22,6 @@ _LISTS = (
     "block_size",
 )
 _PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-_OPTIONS = (
-    "scale",
-    "causal",
-    "window",
-    "softcap",
-    "key_bias",
-    "sinks",
-    "query_positions",
-    "key_positions",
-    "transpose_offsets",
-    "transpose_slots",
-)
 
 
 # ---- fake kernels
@@ -82,10 +70,15 @@ def _fake_backward(op) -> Callable:
     return fake
 
 
-for _op in (_ops.block_sparse_attn, _ops.block_sparse_attn_varlen):
+for _op in (_ops.block_sparse_attn, _ops.block_sparse_attn_varlen, _ops.stripe_sparse_attn):
     register_fake(_op.default, _fake_forward)
-for _op in (_ops.block_sparse_attn_backward, _ops.block_sparse_attn_varlen_backward):
+for _op in (_ops.block_sparse_attn_backward, _ops.block_sparse_attn_varlen_backward, _ops.stripe_sparse_attn_backward):
     register_fake(_op.default, _fake_backward(_op))
+
+
+@register_fake("sparsekit::check_column_lists")
+def _(col_indices, col_counts, len_k, duplicates=True):
+    return None
 
 
 @register_fake("sparsekit::merge_attention_states")
@@ -99,34 +92,34 @@ def _(outs, lses):
 def _attention_autograd(forward, backward) -> None:
     names = argument_names(forward)
     packed = "cu_seqlens_q" in names
-    passed = (*_LISTS, *(_PACKED if packed else ()), *_OPTIONS)  # from forward to backward, as they are
+    blocks_only = "col_indices" not in names
+    passed = names[3:]  # from forward to backward, as they are
+    no_tensors = {"block_size", "max_seqlen_q", "max_seqlen_k", "scale", "causal", "window", "softcap"}
+    no_tensors |= {"group_size", "sink", "local"}
+    tensors = [at for at, name in enumerate(names) if name not in no_tensors]
+    others = [at for at, name in enumerate(names) if name in no_tensors]
+    kept = [names[at] for at in (*tensors, *others)]
 
     def setup_context(ctx, inputs, output):
-        given = dict(zip(names, inputs, strict=True))
         ctx.set_materialize_grads(False)
-        kept = {name: given[name] for name in ("query", "key", "value", *passed)}
-        kept["out"], kept["lse"] = output
-        ctx.tensor_names = [name for name, value in kept.items() if isinstance(value, Tensor)]
-        ctx.save_for_backward(*(kept[name] for name in ctx.tensor_names))
-        ctx.others = {name: value for name, value in kept.items() if not isinstance(value, Tensor)}
+        ctx.save_for_backward(*output, *(inputs[at] for at in tensors))
+        ctx.others = [inputs[at] for at in others]
 
     def formula(ctx, grad_out, grad_lse):
-        # Trailing arguments that are equal to their defaults were dropped by the dispatcher, and get no gradient.
-        passed_names = names[: len(ctx.needs_input_grad)]
         if grad_out is None and grad_lse is None:
-            return (None,) * len(passed_names)
-        given = {**ctx.others, **dict(zip(ctx.tensor_names, ctx.saved_tensors, strict=True))}
-        wanted = dict.fromkeys(names, False) | dict(zip(passed_names, ctx.needs_input_grad, strict=True))
-        if (
-            given["transpose_offsets"] is None
-        ):  # an op of its own: layers that share lists share the result when compiled
+            return (None,) * len(names)
+        out, lse, *saved = ctx.saved_tensors
+        given = dict(zip(kept, (*saved, *ctx.others), strict=True), out=out, lse=lse)
+        wanted = dict.fromkeys(names, False) | dict(zip(names, ctx.needs_input_grad[1:], strict=False))
+        # An op of its own: layers that share lists share the result when compiled.
+        if blocks_only and given["transpose_offsets"] is None:
             lists = [given[name] for name in (*_LISTS[:4], "block_size")]
             cu_seqlens = [given[name] for name in _PACKED[:2]] if packed else []
             len_k = given["key"].shape[0 if packed else 2]
             transposed = _ops.transpose_block_lists(*lists, len_k, *cu_seqlens)
             given["transpose_offsets"], given["transpose_slots"] = transposed
         query_grad, key_grad, value_grad, bias_grad, sinks_grad = backward(
-            torch.zeros_like(given["out"]) if grad_out is None else grad_out,
+            torch.zeros_like(out) if grad_out is None else grad_out,
             grad_lse,
             *(given[name] for name in ("query", "key", "value", "out", "lse", *passed)),
             key_bias_grad=wanted["key_bias"],
@@ -137,15 +130,15 @@ def _attention_autograd(forward, backward) -> None:
             grads["key_bias"] = bias_grad.sum_to_size(given["key_bias"].shape)
         if wanted["sinks"]:
             grads["sinks"] = sinks_grad.sum(0)
-        return tuple(grads.get(name) if wanted[name] else None for name in passed_names)
+        return tuple(grads.get(name) if wanted[name] else None for name in names)
 
-    register_autograd(forward.default, formula, setup_context=setup_context)
-
+    differentiable(forward, setup_context, formula)
     refuse_second_derivative(forward, backward)
 
 
 _attention_autograd(_ops.block_sparse_attn, _ops.block_sparse_attn_backward)
 _attention_autograd(_ops.block_sparse_attn_varlen, _ops.block_sparse_attn_varlen_backward)
+_attention_autograd(_ops.stripe_sparse_attn, _ops.stripe_sparse_attn_backward)
 
 
 def _merge_setup(ctx, inputs, output):
@@ -174,7 +167,7 @@ register_autograd("sparsekit::merge_attention_states", _merge_formula, setup_con
 # ---- autocast: query, key and value in the region's dtype; what is added to scores stays float32
 
 
-for _op in (_ops.block_sparse_attn, _ops.block_sparse_attn_varlen):
+for _op in (_ops.block_sparse_attn, _ops.block_sparse_attn_varlen, _ops.stripe_sparse_attn):
     autocast(_op, "query", "key", "value")
 
 
@@ -190,6 +183,7 @@ _PER_LIST = (
     "transpose_offsets",
     "transpose_slots",
 )  # [B|1, ...], all alike
+_PER_COLUMN_LIST = ("col_indices", "col_counts")  # [B|1, ...], both alike
 _BROADCAST = ("key_bias", "query_positions", "key_positions")  # [B|1, ...], each on its own
 
 
@@ -218,13 +212,14 @@ def _attention_vmap(op) -> None:
         for name in _BROADCAST:
             if given.get(name) is not None and (dims[name] is not None or given[name].shape[0] != 1):
                 folded[name] = fold(name)
-        shared = given["kv_num_blocks"].shape[0] == 1 and all(
-            dims.get(name) is None for name in (*_PER_LIST, "partial_bits")
-        )
-        if not shared:
-            for name in _PER_LIST:
-                if given.get(name) is not None:
-                    folded[name] = fold(name)
+        for group, first in ((_PER_LIST, "kv_num_blocks"), (_PER_COLUMN_LIST, "col_counts")):
+            if given.get(first) is None:
+                continue
+            mapped = any(dims.get(name) is not None for name in (*group, "partial_bits"))
+            if mapped or given[first].shape[0] != 1:
+                for name in group:
+                    if given.get(name) is not None:
+                        folded[name] = fold(name)
         if dims.get("partial_bits") is not None:  # [n, ...] for each element: one table, into which the numbers point
             bits = given["partial_bits"].movedim(dims["partial_bits"], 0)
             index = folded["partial_bits_index"].unflatten(0, (size, batch))
@@ -241,6 +236,8 @@ def _attention_vmap(op) -> None:
 
 _attention_vmap(_ops.block_sparse_attn)
 _attention_vmap(_ops.block_sparse_attn_backward)
+_attention_vmap(_ops.stripe_sparse_attn)
+_attention_vmap(_ops.stripe_sparse_attn_backward)
 # Packed batches have no batch dimension to fold into.
 for _op in (_ops.block_sparse_attn_varlen, _ops.block_sparse_attn_varlen_backward, _ops.merge_attention_states):
     loop_vmap(_op)

@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_vmap
+from torch.library import register_vmap
 
 _library = torch.library.Library("sparsekit", "FRAGMENT")
 
 
 def argument_names(op) -> tuple[str, ...]:
     return tuple(argument.name for argument in op.default._schema.arguments)
+
+
+# ---- autograd
+
+
+def differentiable(op, setup_context: Callable, formula: Callable) -> None:
+    """Registers an op's derivative, as torch.library.register_autograd does, for ops without lists of tensors.
+
+    That function reads the schema in every call: a differentiable block_sparse_attn took 0.20 ms, with this 0.05 ms.
+
+    Args:
+        setup_context: called with (ctx, inputs, output), after the op; inputs are all of them, defaults too.
+        formula: called with (ctx, *grads); returns a gradient or None for every argument of the schema.
+    """
+    call = op.default
+    defaults = tuple(argument.default_value for argument in call._schema.arguments)
+
+    def below_autograd(keyset, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return call.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    class Derivative(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, *args):
+            output = below_autograd(keyset, *args)
+            setup_context(ctx, args + defaults[len(args) :], output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            # Trailing arguments that are equal to their defaults were dropped by the dispatcher, and get no gradient.
+            given = len(ctx.needs_input_grad) - 1
+            return None, *formula(ctx, *grads)[:given]
+
+    Derivative.__name__ = Derivative.__qualname__ = f"DerivativeOf_{call.name().replace('::', '_')}"
+
+    def kernel(keyset, *args):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Derivative.apply(keyset, *args)
+        return below_autograd(keyset, *args)
+
+    _library.impl(call, kernel, "Autograd", with_keyset=True)
 
 
 def refuse_second_derivative(forward, backward) -> None:
@@ -22,7 +66,7 @@ def refuse_second_derivative(forward, backward) -> None:
             "derivative of its own. First derivatives need no create_graph=True"
         )
 
-    register_autograd(backward.default, refuse, setup_context=lambda ctx, inputs, output: None)
+    differentiable(backward, lambda ctx, inputs, output: None, refuse)
 
 
 # ---- autocast

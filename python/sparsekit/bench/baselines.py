@@ -57,6 +57,22 @@ def ours(inputs: AttentionInputs, backward: bool) -> Contender:
     return Contender("sparsekit", _timed(forward, tensors, backward), visible_pairs(inputs))
 
 
+def one_thread(inputs: AttentionInputs, backward: bool) -> Contender:
+    """Ours on one thread: its time over ours is what threads gain."""
+    if inputs.query.device.type != "cpu":
+        raise Unavailable("threads are the CPU's")
+    contender, threads = ours(inputs, backward), torch.get_num_threads()
+
+    def call():
+        torch.set_num_threads(1)
+        try:
+            return contender.call()
+        finally:
+            torch.set_num_threads(threads)
+
+    return Contender("sparsekit, one thread", call, contender.pairs)
+
+
 def _dense_pairs(inputs: AttentionInputs) -> int:
     """What a dense kernel computes of this problem; it knows causality and nothing else."""
     case = inputs.case
@@ -216,6 +232,7 @@ def zentorch(inputs: AttentionInputs, backward: bool) -> Contender:
 
 
 BASELINES = {
+    "one-thread": one_thread,
     "sdpa": sdpa,
     "cudnn": cudnn,
     "flash": flash,

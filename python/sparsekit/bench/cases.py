@@ -316,6 +316,8 @@ def bench_cases(device: str) -> dict[str, AttentionCase]:
         *_densities("d128-fp16", base.with_(dtype=torch.float16), 0.25),
     ]
     if device != "cuda":
-        cases += _densities("d128-fp32", base.with_(dtype=torch.float32), 0.1, 0.25)
-        cases += _densities("d64-fp32", base.with_(dtype=torch.float32, head_dim=64), 0.25)
+        cases += _densities("d128-block32", base.with_(block_size=(32, 32)), 0.25)
+        cases += _densities("d128-block16", base.with_(block_size=(16, 16)), 0.25)
+        cases += _densities("d128-fp32", base.with_(dtype=torch.float32), 0.1, 0.25, 1.0)
+        cases += _densities("d64-fp32", base.with_(dtype=torch.float32, head_dim=64), 0.1, 0.25, 1.0)
     return {case.name: case for case in cases}
