@@ -3,6 +3,7 @@
     python examples/long_prompt.py                     about 5 minutes on 2 CPU cores, 4 GB
     python examples/long_prompt.py --tokens 1024       a quick look
     python examples/long_prompt.py --device cuda       bfloat16 on a GPU
+    python examples/long_prompt.py --recipe all        published systems beside a control (see recipe_table.py)
 
 The prompt is English documentation (pydoc_data.topics of this Python), the model SmolLM2-135M-Instruct with weights
 quantized to 4 bits (Q4_1), dequantized on loading. It runs dense, then block-sparse at several densities with blocks
@@ -126,23 +127,32 @@ class Run:
     maps: list[torch.Tensor] = field(default_factory=list, repr=False)  # per layer, bool [heads, Mq, Nk]
 
 
-def prefill(model, ids: torch.Tensor, select, on_layer) -> tuple[Run, torch.Tensor]:
-    """Runs the whole prompt once; select=None is dense. Returns the run (timings only) and the last hidden states."""
+def prefill(model, ids: torch.Tensor, select, on_layer, share=None) -> tuple[Run, torch.Tensor]:
+    """Runs the whole prompt once; select=None is dense. Returns the run (timings only) and the last hidden states.
+
+    For one of sparsekit.recipes, `share(recipe, query, key, layer)` says which share of the pairs it looks at.
+    """
     device = str(ids.device)
     attention_clock, select_clock, patterns = Stopwatch(device), Stopwatch(device), []
+    shares, counting = [], 0.0
 
     def timed_select(*arguments):
         with select_clock:
             patterns.append(select(*arguments))
         return patterns[-1]
 
-    base = "sdpa" if select is None else register(timed_select)
+    base = "sdpa" if select is None else register(select if share else timed_select)
     attention = ALL_ATTENTION_FUNCTIONS[base]
 
     def timed_attention(*arguments, **options):
         with attention_clock:
             result = attention(*arguments, **options)
         on_layer()
+        if share:
+            nonlocal counting
+            begin = time.perf_counter()
+            shares.append(share(select, *arguments[1:3], arguments[0].layer_idx))
+            counting += time.perf_counter() - begin
         return result
 
     transformers.AttentionInterface.register("timed", timed_attention)
@@ -153,9 +163,12 @@ def prefill(model, ids: torch.Tensor, select, on_layer) -> tuple[Run, torch.Tens
     with torch.inference_mode():
         hidden = model.model(ids, use_cache=True).last_hidden_state
         model.lm_head(hidden[:, -1:]).argmax(-1).item()
-    run = Run("dense", 1.0, attention_clock.seconds(), select_clock.seconds(), time.perf_counter() - begin)
+    first_token = time.perf_counter() - begin - counting
+    run = Run("dense", 1.0, attention_clock.seconds(), select_clock.seconds(), first_token)
 
-    if select is not None:
+    if share:
+        run.density = sum(shares) / len(shares)
+    elif select is not None:
         assert len(patterns) == model.config.num_hidden_layers, "every layer must have chosen blocks"
         run.maps = [pattern.to_dense()[0].bool().cpu() for pattern in patterns]
         visible = torch.ones(run.maps[0].shape[1:]).tril().sum().item()
@@ -363,6 +376,7 @@ def main():
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--local-blocks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1, help="take the fastest of this many timings")
+    parser.add_argument("--recipe", help="published systems instead: all, or names (see recipe_table.py)")
     parser.add_argument("--out", type=Path, default=Path("build/demo"))
     options = parser.parse_args()
     if options.tokens < 512:
@@ -381,6 +395,11 @@ def main():
         f"{file.stem}: GGUF weights quantized to {weights}, computed in {numbers}\n"
         f"{options.tokens:,} tokens, blocks of {options.block_size} tokens, {machine(options.device)}"
     )
+    if options.recipe:
+        import recipe_table
+
+        title = title.replace(f", blocks of {options.block_size} tokens", "")
+        return recipe_table.main(model, ids, options, title, console)
     runs = measure(model, ids, options, console)
     report(runs, title, options.out, console)
     draw_tradeoff(runs, title, options.out / "quality_and_time.png")

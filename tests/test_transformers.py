@@ -9,6 +9,7 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5", reason="transformers >= 5 is not installed")
 
 import sparsekit  # noqa: E402
+from sparsekit import recipes  # noqa: E402
 from sparsekit.integrations.transformers import (  # noqa: E402
     TopKBlocks,
     pooled_scores,
@@ -290,3 +291,46 @@ def test_refuses_bidirectional(model, ids):
 def test_refuses_density(density):
     with pytest.raises(ValueError, match="density: found"):
         TopKBlocks(density)
+
+
+# ---- recipes
+
+
+@pytest.mark.parametrize(
+    "name, everything, little",
+    [
+        ("x_attention", recipes.XAttention(1.0, 8, BLOCK), recipes.XAttention(0.1, 8, BLOCK)),
+        (
+            "sample_attention",
+            recipes.SampleAttention(window_ratio=1.0),
+            recipes.SampleAttention(0.1, window_ratio=0.05),
+        ),
+        (
+            "minference",
+            recipes.MInference(default=recipes.BlockSparse(99), block_size=BLOCK),
+            recipes.MInference(default=recipes.BlockSparse(2), block_size=BLOCK),
+        ),
+    ],
+)
+def test_recipe(model, ids, name, everything, little):
+    dense = logits(model, "sdpa", ids)
+    assert register(everything) == f"sparsekit_{name}"
+    torch.testing.assert_close(logits(model, f"sparsekit_{name}", ids), dense, rtol=1e-4, atol=1e-4)
+    register(little)
+    sparse = logits(model, f"sparsekit_{name}", ids)
+    assert sparse.isfinite().all() and (sparse - dense).abs().max() > 1e-2
+    model.generate(ids, max_new_tokens=3, do_sample=False)
+    with pytest.raises(NotImplementedError, match=f"sparsekit_{name}.*padding"):
+        mask = torch.ones_like(ids)
+        mask[:, :5] = 0
+        logits(model, f"sparsekit_{name}", ids, attention_mask=mask)
+
+
+def test_recipe_knows_its_layer(model, ids):
+    wide, narrow = (recipes.AShape(0, n) for n in (999, 16))
+    by_layer = recipes.MInference({0: (narrow,) * 4, 1: (wide,) * 4}, block_size=BLOCK)
+    one_by_one = [
+        logits(model, register(recipes.MInference(default=shape, block_size=BLOCK)), ids) for shape in (wide, narrow)
+    ]
+    mixed = logits(model, register(by_layer), ids)
+    assert all((mixed - other).abs().max() > 1e-2 for other in one_by_one)

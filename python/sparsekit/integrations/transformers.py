@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import sparsekit
+from sparsekit.recipes import Recipe
 
 _DECODE_BLOCK = (64, 128)  # of calls that list every block: fewest entries among the sizes that every backend takes
 
@@ -155,18 +156,25 @@ def _mean_over_blocks(x: Tensor, block: int, mask: Tensor | None) -> Tensor:
 
 
 def register(
-    select: Callable[..., sparsekit.BlockPattern] | None = None, *, name: str = "sparsekit", sparse_from: int = 128
+    select: Callable[..., sparsekit.BlockPattern] | Recipe | None = None,
+    *,
+    name: str | None = None,
+    sparse_from: int = 128,
 ) -> str:
     """Registers block-sparse attention with transformers and returns its name, for `model.set_attn_implementation`.
 
     select        (module, query [B, Hq, Sq, D], key [B, Hkv, Sk, D], key_mask [B, Sk] or None, scale or None) ->
-                  BlockPattern with causal=True; `module.layer_idx` tells the layer. Default: TopKBlocks()
-    name          under which transformers knows it; registering the same name again replaces it
+                  BlockPattern with causal=True; `module.layer_idx` tells the layer. Or one of sparsekit.recipes, which
+                  take no padding: prompts of one length. Default: TopKBlocks()
+    name          under which transformers knows it; registering the same name again replaces it. Default: "sparsekit",
+                  for a recipe "sparsekit_" and the name of its module: sparsekit_x_attention
     sparse_from   calls with fewer query tokens (decode steps) attend to every key, exactly
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     select = TopKBlocks() if select is None else select
+    if name is None:
+        name = f"sparsekit_{type(select).__module__.rpartition('.')[2]}" if isinstance(select, Recipe) else "sparsekit"
 
     def attention(
         module,
@@ -183,6 +191,14 @@ def register(
     ) -> tuple[Tensor, None]:
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         _refuse_unsupported(name, attention_mask, dropout, is_causal, kwargs)
+        if query.shape[2] >= sparse_from and isinstance(select, Recipe):
+            if attention_mask is not None:
+                raise NotImplementedError(
+                    f"attn_implementation={name!r}: found padding; recipes choose as if all tokens were real: pass prompts "
+                    "of one length"
+                )
+            out = select(query, key, value, scale=scaling, softcap=softcap, sinks=s_aux, layer=module.layer_idx)
+            return out.transpose(1, 2).contiguous(), None
         if query.shape[2] >= sparse_from:
             key_mask = None if attention_mask is None else attention_mask[:, 0] == 0
             pattern = select(module, query, key, key_mask, scaling)
