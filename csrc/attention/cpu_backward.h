@@ -19,6 +19,7 @@
 
 #include "attention/cpu_backward_pack.h"
 #include "attention/cpu_backward_plan.h"
+#include "common/cpu/scratch.h"
 
 namespace sparsekit {
 namespace {
@@ -26,7 +27,7 @@ namespace gradients {
 
 constexpr int tile_queries = 128;  // P and dS of a tile and 128 keys stay in L2
 constexpr int tile_panels = tile_queries / tile_lanes;
-constexpr int64_t scratch_bytes = int64_t(64) << 20;  // of query tiles, unless one key head needs more
+constexpr int64_t scratch_bytes = int64_t(48) << 20;  // of query tiles, unless one key head needs more
 // Units of log 2 as forward's, with the same rounding: what large scores lose by it is lost by lse, too.
 constexpr float log2_of_e = 1.4426950408889634f;
 
@@ -64,8 +65,7 @@ class Backward {
   Status run() {
     Status status = run_rounds();
     plan_.release();
-    tiles_memory_.release();
-    workers_.release();
+    give_back_scratch(scratch_);
     added_.release();
     sink_parts_.release();
     return status;
@@ -97,8 +97,10 @@ class Backward {
     int64_t heads = p_.batch * p_.heads_kv;
     heads_at_once_ = clamp(scratch_bytes / larger(group_ * tiles_ * tile_bytes_, 1), 1, heads);
     int64_t threads = parallel_.run && parallel_.threads > 1 ? parallel_.threads : 1;
-    if (!plan_.build(p_) || !tiles_memory_.allocate(heads_at_once_ * group_ * tiles_ * tile_bytes_) ||
-        !workers_.allocate(threads * worker_bytes_) || !added_.allocate(heads_at_once_ * group_ * tiles_) ||
+    int64_t tiles_bytes = heads_at_once_ * group_ * tiles_ * tile_bytes_;
+    scratch_ = take_scratch(tiles_bytes + threads * worker_bytes_);
+    workers_ = scratch_ + tiles_bytes;
+    if (!scratch_ || !plan_.build(p_) || !added_.allocate(heads_at_once_ * group_ * tiles_) ||
         !sink_parts_.allocate(heads_at_once_ * group_ * tiles_)) {
       return error(Status::Kind::failed, "attention backward: out of memory");
     }
@@ -148,7 +150,7 @@ class Backward {
     return t;
   }
   PackedTile<Product> tile_at(int64_t index) const {
-    Carver memory{tiles_memory_.data + index * tile_bytes_, 0};
+    Carver memory{scratch_ + index * tile_bytes_, 0};
     return carve_tile(&memory);
   }
   /// First row and number of rows of tile `t` of a list row.
@@ -272,7 +274,7 @@ class Backward {
 
   static void work(int64_t first, int64_t, void* context) {
     Backward& self = *static_cast<Backward*>(context);
-    Carver memory{self.workers_.data + first * self.worker_bytes_, 0};
+    Carver memory{self.workers_ + first * self.worker_bytes_, 0};
     Worker worker = self.carve_worker(&memory);
     int64_t units = self.plan_.key_block_count * self.round_heads_;
     // Units of one head are taken in the order of the key blocks, so a thread waits only for units that are under way.
@@ -501,9 +503,9 @@ class Backward {
   int query_steps_ = 0, value_steps_ = 0, query_vectors_ = 0, value_vectors_ = 0;
   int tiles_per_block_ = 1, tile_rows_ = 0;
   int64_t block_keys_ = 0, tile_bytes_ = 0, worker_bytes_ = 0, next_unit_ = 0;
-  Buffer<char> tiles_memory_, workers_;
-  Buffer<int32_t> added_;     // [query head of the round][tile]: entries that have added to its dQ
-  Buffer<float> sink_parts_;  // likewise: the tile's share of the sink's gradient
+  char *scratch_ = nullptr, *workers_ = nullptr;  // query tiles of the round, then each thread's memory
+  Buffer<int32_t> added_;                         // [query head of the round][tile]: entries that have added to its dQ
+  Buffer<float> sink_parts_;                      // likewise: the tile's share of the sink's gradient
 };
 
 }  // namespace gradients
