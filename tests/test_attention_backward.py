@@ -1,5 +1,7 @@
 """Attention backward on every backend: all gradients against float64 autograd of the dense reference."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -63,6 +65,29 @@ def test_lse_has_a_gradient(backend: Backend, feature, dtype, seed):
     alone = Problem(problem.inputs, grad_lse=True)
     alone.upstream[0].zero_()
     check_backward(backend, alone, wanted=("query", "key", "key_bias"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("sink", [-200.0, 100.0, 3e4])
+def test_sink_far_from_every_score(backend: Backend, sink, dtype, seed):
+    """A sink far above every score takes all weight from out and none from lse, whose gradient stays what it is without
+    one: exp(lse' - lse) would overflow."""
+    problem = make_problem(SMALL.with_(dtype=dtype, sinks=True), backend, seed, grad_lse=True)
+    problem.inputs.sinks.fill_(sink)
+    got = check_backward(backend, problem, wanted=("query", "key", "value"))
+    with backend.running(*problem.about, backward=True):
+        out, _ = problem.sparse(leaves := problem.leaves())
+        (of_sinks,) = torch.autograd.grad(out, leaves["sinks"], problem.upstream[0])
+    assert (of_sinks.abs() < 1e-30).all()  # NaN fails, too
+    if sink > 0:
+        alone = Problem(dataclasses.replace(problem.inputs, sinks=None), grad_lse=True)
+        alone.upstream[0].zero_()
+        alone.upstream[1].copy_(problem.upstream[1])
+        without = check_backward(backend, alone, wanted=("query", "key"))
+        for name, gradient in without.items():
+            assert gradient.abs().max() > 1e-3
+            error = (got[name].double() - gradient.double()).abs().max()
+            assert error <= 2 * torch.finfo(dtype).eps * gradient.abs().max() + 1e-6
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 130), (130, 1), (64, 64), (65, 127)], ids=str)

@@ -18,12 +18,14 @@
 
 #include "attention/cpu_backward_plan.h"
 #include "attention/cpu_backward_tile.h"
+#include "common/cpu/scratch.h"
 
 namespace sparsekit {
 namespace {
 namespace gradients {
 
-constexpr int64_t scratch_bytes = int64_t(64) << 20;  // of query tiles, unless one key head needs more
+constexpr int64_t scratch_bytes = int64_t(48) << 20;  // of query tiles, unless one key head needs more
+
 template <class Product, DType dtype>
 class Backward {
   using Element = typename Product::Element;
@@ -35,8 +37,7 @@ class Backward {
   Status run() {
     Status status = run_rounds();
     plan_.release();
-    tiles_memory_.release();
-    workers_.release();
+    give_back_scratch(scratch_);
     added_.release();
     sink_parts_.release();
     return status;
@@ -64,8 +65,10 @@ class Backward {
     int64_t heads = p_.batch * p_.heads_kv;
     heads_at_once_ = clamp(scratch_bytes / larger(group_ * tiles_ * tile_bytes_, 1), 1, heads);
     int64_t threads = parallel_.run && parallel_.threads > 1 ? parallel_.threads : 1;
-    if (!plan_.build(p_) || !tiles_memory_.allocate(heads_at_once_ * group_ * tiles_ * tile_bytes_) ||
-        !workers_.allocate(threads * worker_bytes_) || !added_.allocate(heads_at_once_ * group_ * tiles_) ||
+    int64_t tiles_bytes = heads_at_once_ * group_ * tiles_ * tile_bytes_;
+    scratch_ = take_scratch(tiles_bytes + threads * worker_bytes_);
+    workers_ = scratch_ + tiles_bytes;
+    if (!scratch_ || !plan_.build(p_) || !added_.allocate(heads_at_once_ * group_ * tiles_) ||
         !sink_parts_.allocate(heads_at_once_ * group_ * tiles_)) {
       return error(Status::Kind::failed, "attention backward: out of memory");
     }
@@ -98,7 +101,7 @@ class Backward {
   // ---- query tiles
 
   PackedTile<Product, QueryTile> tile_at(int64_t index) const {
-    Carver memory{tiles_memory_.data + index * tile_bytes_, 0};
+    Carver memory{scratch_ + index * tile_bytes_, 0};
     return carve_tile<Product, QueryTile>(shape_, &memory);
   }
   /// First row and number of rows of tile `t` of a list row.
@@ -182,7 +185,7 @@ class Backward {
 
   static void work(int64_t first, int64_t, void* context) {
     Backward& self = *static_cast<Backward*>(context);
-    Carver memory{self.workers_.data + first * self.worker_bytes_, 0};
+    Carver memory{self.workers_ + first * self.worker_bytes_, 0};
     Worker worker = self.carve_worker(&memory);
     int64_t units = self.plan_.key_block_count * self.round_heads_;
     // Units of one head are taken in the order of the key blocks, so a thread waits only for units that are under way.
@@ -382,9 +385,9 @@ class Backward {
   int tiles_per_block_ = 1;
   TileShape shape_;
   int64_t block_keys_ = 0, tile_bytes_ = 0, worker_bytes_ = 0, next_unit_ = 0;
-  Buffer<char> tiles_memory_, workers_;
-  Buffer<int32_t> added_;     // [query head of the round][tile]: entries that have added to its dQ
-  Buffer<float> sink_parts_;  // likewise: the tile's share of the sink's gradient
+  char *scratch_ = nullptr, *workers_ = nullptr;  // query tiles of the round, then each thread's memory
+  Buffer<int32_t> added_;                         // [query head of the round][tile]: entries that have added to its dQ
+  Buffer<float> sink_parts_;                      // likewise: the tile's share of the sink's gradient
 };
 
 }  // namespace gradients

@@ -6,8 +6,6 @@
 // products instead of 5). Ranks are counted in the transpose itself: whatever it holds, every rank is reached.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <cstdlib>
 
 #include "attention/cpu_tiles.h"
@@ -22,13 +20,8 @@ struct Buffer {
   T* data = nullptr;
 
   bool allocate(int64_t count) {
-    const size_t huge_page = size_t(2) << 20;
-    size_t bytes = size_t(count > 0 ? count : 1) * sizeof(T);
     void* memory = nullptr;
-    if (posix_memalign(&memory, bytes >= huge_page ? huge_page : 64, bytes) != 0) return false;
-#ifdef MADV_HUGEPAGE
-    if (bytes >= huge_page) madvise(memory, bytes, MADV_HUGEPAGE);  // first touch of 40 MB: 2 ms instead of 17
-#endif
+    if (posix_memalign(&memory, 64, size_t(count > 0 ? count : 1) * sizeof(T)) != 0) return false;
     data = static_cast<T*>(memory);
     return true;
   }

@@ -12,6 +12,7 @@
 // FlashAttention-2, section 3, transposed so that no reduction crosses lanes.
 #pragma once
 
+#include "attention/cpu_few_queries.h"
 #include "attention/cpu_forward_worker.h"
 
 namespace sparsekit {
@@ -55,7 +56,8 @@ static int64_t cut_forward(const AttentionForward& p, const Sequence* sequences,
   for (int64_t b = 0; b < p.batch; ++b)
     for (int64_t h = 0; h < p.heads_q; h += heads)
       for (int64_t s = 0; s < sequence_count; ++s)
-        for (int64_t first = 0; first < sequences[s].len_q(); first += size)
+        for (int64_t first = few_queries(sequences[s]) ? sequences[s].len_q() : 0; first < sequences[s].len_q();
+             first += size)
           for (int64_t part = first; part < smaller(first + size, sequences[s].len_q()); part += item_queries / heads) {
             int64_t end = smaller(smaller(part + item_queries / heads, first + size), sequences[s].len_q());
             if (items) items[count] = {b, h, s, part, int32_t(end - part), heads};
@@ -129,7 +131,12 @@ static Status run_forward(const AttentionForward& p, const ParallelFor& parallel
     sequences[sequence_count++] = rest;
   }
 
+  Status few = run_few_queries(p, sequences, sequence_count, parallel);
   int64_t count = cut_forward(p, sequences, sequence_count, nullptr);
+  if (!few.ok() || count == 0) {
+    arena.release();
+    return few;
+  }
   Arena plan;
   int64_t items_at = plan.reserve(count * int64_t(sizeof(ForwardItem)));
   int64_t order_at = plan.reserve(count * int64_t(sizeof(Ranked)));

@@ -137,6 +137,7 @@ struct Softmax {
   bool empty() const { return largest == -INFINITY; }
   double lse() const { return empty() ? largest : largest + std::log(sum); }
   double weight(double score) const { return std::exp(score - largest) / total; }
+  double weight_of_sink(double sink) const { return 1 / (1 + std::exp(largest - sink) * sum); }  // total may overflow
   double without_sink(double score) const { return std::exp(score - largest) / sum; }
 };
 
@@ -199,7 +200,7 @@ void backward_group(const AttentionBackward& p, int64_t b, int64_t kv_head) {
         }
         // The sink is a key of value 0 outside of lse: lse's gradient spreads by the softmax without it.
         double grad_lse = p.grad_lse_f64 ? p.grad_lse_f64[at] : p.grad_lse ? p.grad_lse[at] : 0.;
-        if (p.sinks) grad_sink -= softmax.weight(p.sinks[h]) * out_dot;
+        if (p.sinks) grad_sink -= softmax.weight_of_sink(p.sinks[h]) * out_dot;
         for (size_t n = 0; n < row.keys.size(); ++n) {
           int64_t j = row.keys[n], k = p.key.offset(b, kv_head, j), v = p.value.offset(b, kv_head, j);
           double weight = softmax.weight(row.scores[n]), grad_weight = 0;

@@ -71,6 +71,7 @@ struct Simd {
     return c;
   }
   SPARSEKIT_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+  SPARSEKIT_INLINE void prefetch_near(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }  // into L1
 
   // ---- arithmetic
   SPARSEKIT_INLINE Float zero() { return _mm256_setzero_ps(); }
@@ -88,6 +89,17 @@ struct Simd {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+  /// Lane i: the sum of all lanes of a[i].
+  SPARSEKIT_INLINE Float sum_each(const Float (&a)[lanes]) {
+    Float low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    Float high = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+    return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+  }
+  SPARSEKIT_INLINE float largest(Float a) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
   }
   SPARSEKIT_INLINE Float abs(Float a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a); }
   SPARSEKIT_INLINE Float copy_sign(Float magnitude, Float sign) {

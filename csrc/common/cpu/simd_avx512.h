@@ -68,6 +68,7 @@ struct Simd {
     return c;
   }
   SPARSEKIT_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+  SPARSEKIT_INLINE void prefetch_near(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }  // into L1
 
   // ---- arithmetic
   SPARSEKIT_INLINE Float zero() { return _mm512_setzero_ps(); }
@@ -82,6 +83,26 @@ struct Simd {
   SPARSEKIT_INLINE Float fms(Float a, Float b, Float c) { return _mm512_fmsub_ps(a, b, c); }    // a * b - c
   SPARSEKIT_INLINE Float fnma(Float a, Float b, Float c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
   SPARSEKIT_INLINE float sum(Float a) { return _mm512_reduce_add_ps(a); }
+  /// Lane i: the sum of all lanes of a[i]. 15 additions and 30 shuffles, where 16 sums one by one take 64 of each.
+  SPARSEKIT_INLINE Float sum_each(const Float (&a)[lanes]) {
+    Float pairs[8], quarters[4];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      pairs[i] = add(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      __m512d x = _mm512_castps_pd(pairs[2 * i]), y = _mm512_castps_pd(pairs[2 * i + 1]);
+      quarters[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    Float low = add_quarters(quarters[0], quarters[1]), high = add_quarters(quarters[2], quarters[3]);
+    return add_quarters(low, high);
+  }
+  /// Quarters 0 + 1 and 2 + 3 of a, then those of b.
+  SPARSEKIT_INLINE Float add_quarters(Float a, Float b) {
+    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  SPARSEKIT_INLINE float largest(Float a) { return _mm512_reduce_max_ps(a); }
   SPARSEKIT_INLINE Float abs(Float a) { return _mm512_abs_ps(a); }
   SPARSEKIT_INLINE Float copy_sign(Float magnitude, Float sign) {
     return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(magnitude), _mm512_castps_si512(sign),

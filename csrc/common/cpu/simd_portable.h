@@ -88,6 +88,7 @@ struct Simd {
   SPARSEKIT_INLINE void store_f16(uint16_t* p, Float a) { store_f16_partial(p, a, lanes); }
   SPARSEKIT_INLINE Float fma_registers(Float a, Float b, Float c) { return a * b + c; }  // see simd_avx512.h
   SPARSEKIT_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+  SPARSEKIT_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p); }
 
   // ---- arithmetic
   SPARSEKIT_INLINE Float zero() { return Float{}; }
@@ -102,6 +103,16 @@ struct Simd {
   SPARSEKIT_INLINE Float fms(Float a, Float b, Float c) { return a * b - c; }
   SPARSEKIT_INLINE Float fnma(Float a, Float b, Float c) { return c - a * b; }
   SPARSEKIT_INLINE float sum(Float a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+  /// Lane i: the sum of all lanes of a[i].
+  SPARSEKIT_INLINE Float sum_each(const Float (&a)[lanes]) {
+    Int rows[lanes] = {as_int(a[0]), as_int(a[1]), as_int(a[2]), as_int(a[3])};
+    transpose(rows);
+    return (as_float(rows[0]) + as_float(rows[2])) + (as_float(rows[1]) + as_float(rows[3]));
+  }
+  SPARSEKIT_INLINE float largest(Float a) {
+    float x = a[0] > a[1] ? a[0] : a[1], y = a[2] > a[3] ? a[2] : a[3];
+    return x > y ? x : y;
+  }
   SPARSEKIT_INLINE Float abs(Float a) { return as_float(as_int(a) & INT32_MAX); }
   SPARSEKIT_INLINE Float copy_sign(Float magnitude, Float sign) {
     return as_float((as_int(magnitude) & INT32_MAX) | (as_int(sign) & INT32_MIN));

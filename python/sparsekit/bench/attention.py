@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 
 from .baselines import BASELINES, Unavailable, flop, ours
-from .cases import bench_cases, make_inputs
-from .machine import about_this_run, machine, multiply_add_peak
+from .cases import bench_cases, key_value_bytes, make_inputs
+from .machine import about_this_run, machine, multiply_add_peak, read_bandwidth
 from .refcheck import check
 from .timing import Stopwatch, median_ratio
+
+_FEW = 16  # query rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +54,7 @@ def choose(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 def resize(case, options):
     changes = {}
     if options.length:
-        changes |= {"len_q": options.length, "len_k": options.length}
+        changes |= {"len_k": options.length} | ({"len_q": options.length} if case.len_q == case.len_k else {})
     if options.heads:
         changes |= {"heads_q": options.heads, "heads_kv": max(1, options.heads * case.heads_kv // case.heads_q)}
     return case.with_(**changes)
@@ -67,6 +69,8 @@ def measure(case, options, stopwatch: Stopwatch) -> dict:
         except Unavailable as error:
             absent[name] = str(error)
     peak = multiply_add_peak(case.dtype) if options.device == "cpu" else None
+    # Few queries wait for memory: beside what they compute, what they read counts.
+    stream = read_bandwidth() if options.device == "cpu" and case.len_q <= _FEW and not options.backward else None
     times = stopwatch.rounds({contender.name: contender.call for contender in contenders})
     rows = []
     for contender in contenders:
@@ -79,6 +83,7 @@ def measure(case, options, stopwatch: Stopwatch) -> dict:
                 "milliseconds": seconds * 1e3,
                 "teraflops": work / seconds / 1e12,
                 "share_of_peak": work / seconds / peak if peak else None,
+                "share_of_stream": key_value_bytes(inputs) / seconds / stream if stream else None,
                 "speedup_of_sparsekit": ratio,
                 "rate_of_sparsekit": ratio * flop(inputs, contenders[0].pairs, options.backward) / work,
                 "rounds": len(times[contender.name]),
@@ -86,6 +91,7 @@ def measure(case, options, stopwatch: Stopwatch) -> dict:
         )
     density = contenders[0].pairs / (case.batch * case.heads_q * case.len_q * case.len_k)
     result = {"case": case.name, "density": density, "peak_teraflops": peak and peak / 1e12, "results": rows}
+    result["stream_gigabytes_per_second"] = stream and stream / 1e9
     result["absent"] = absent
     result["problem"] = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in dataclasses.asdict(case).items()}
     if options.refcheck:
@@ -99,13 +105,15 @@ def show(results: list[dict], options, console):
     direction = "backward" if options.backward else "forward"
     title = f"Block-sparse attention {direction}, {machine(options.device)}, torch {torch.__version__}"
     table = Table(title=title, title_justify="left")
+    few = any(row["share_of_stream"] for result in results for row in result["results"])
     columns = ["case", "contender", "ms", "TFLOP/s", "of peak", "time / ours", "ours / its FLOP/s"]
+    columns += ["of stream"] * few
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:2] else "right", no_wrap=True)
     for result in results:
         for row in result["results"]:
             mine = row["name"] == "sparsekit"
-            share = row["share_of_peak"]
+            share, stream = row["share_of_peak"], row["share_of_stream"]
             table.add_row(
                 result["case"] if mine else "",
                 row["name"],
@@ -114,6 +122,7 @@ def show(results: list[dict], options, console):
                 f"{share:.0%}" if share else "-",
                 "" if mine else f"{row['speedup_of_sparsekit']:.2f}x",
                 "" if mine else f"{row['rate_of_sparsekit']:.2f}x",
+                *([f"{stream:.0%}" if stream else "-"] * few),
                 style="bold" if mine else None,
             )
     console.print(table)
@@ -121,6 +130,10 @@ def show(results: list[dict], options, console):
         "TFLOP/s are effective: only what the contender's mask lets through. of peak: multiply-adds on registers, "
         "measured in this run.\ntime / ours: how much faster sparsekit is. Medians; ratios are medians over rounds."
     )
+    if few:
+        console.print(
+            "of stream: keys and values read per second, of what as many threads read from memory, in this run."
+        )
     for name, reason in {k: v for result in results for k, v in result["absent"].items()}.items():
         console.print(f"not run: {name}: {reason}")
     if not options.refcheck:

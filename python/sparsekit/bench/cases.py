@@ -294,6 +294,15 @@ def visible_pairs(inputs: AttentionInputs) -> int:
     return total * (case.batch // counts.shape[0]) * (case.heads_q // counts.shape[1])
 
 
+def key_value_bytes(inputs: AttentionInputs) -> float:
+    """Bytes of the keys and values that a query row sees on average, of all key heads: what few queries that see about
+    the same must read."""
+    case = inputs.case
+    rows = case.batch * case.heads_q * case.len_q
+    keys = visible_pairs(inputs) / max(rows, 1)
+    return keys * case.batch * case.heads_kv * (case.head_dim + case.value_dim) * case.dtype.itemsize
+
+
 # The named problems of `python -m sparsekit.bench attention`, per device. Sizes are those of a long prompt: what one
 # layer of a model computes.
 _CPU = AttentionCase(heads_q=4, heads_kv=4, len_q=8192, len_k=8192, seed=7)
@@ -320,4 +329,13 @@ def bench_cases(device: str) -> dict[str, AttentionCase]:
         cases += _densities("d128-block16", base.with_(block_size=(16, 16)), 0.25)
         cases += _densities("d128-fp32", base.with_(dtype=torch.float32), 0.1, 0.25, 1.0)
         cases += _densities("d64-fp32", base.with_(dtype=torch.float32, head_dim=64), 0.1, 0.25, 1.0)
+        # Decoding: few queries against a long cache of 32 heads.
+        decode = base.with_(heads_q=32, heads_kv=32)
+        for len_q in (1, 2, 4, 8, 16):
+            cases += _densities(f"decode{len_q}", decode.with_(len_q=len_q), 1.0)
+            cases += _densities(f"decode{len_q}-fp32", decode.with_(len_q=len_q, dtype=torch.float32), 1.0)
+        cases += _densities("decode1", decode.with_(len_q=1), 0.25)
+        cases += _densities("decode1-fp16", decode.with_(len_q=1, dtype=torch.float16), 1.0)
+        for len_q in (1, 4):
+            cases += _densities(f"decode{len_q}-gqa", decode.with_(len_q=len_q, heads_kv=8, lists="kv"), 1.0)
     return {case.name: case for case in cases}
