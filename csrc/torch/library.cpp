@@ -21,6 +21,9 @@
 // grad_key_bias is [B, Hq, Sk] where asked for, grad_sinks [B, Hq] where sinks are given; else both are empty.
 #define GRADIENTS "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_key_bias, Tensor grad_sinks)"
 
+#define WEIGHT "Tensor crow_indices, Tensor col_indices, SymInt features, bool transposed=False"
+#define TRANSPOSE "Tensor? scales=None, Tensor? ccol_indices=None, Tensor? row_indices=None, Tensor? entries=None"
+
 STABLE_TORCH_LIBRARY(sparsekit, m) {
   // ---- attention
   m.def("block_sparse_attn(" FORWARD ", " LISTS ", " OPTIONS ") -> (Tensor out, Tensor lse)");
@@ -41,6 +44,26 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
   m.def("check_block_lists(" LISTS
         ", SymInt len_k, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
         "bool duplicates=True) -> ()");
+
+  // ---- matmul: block-sparse weights in the tensors of torch.sparse_bsr (int32 or int64 indices)
+  // transposed=False: input W^T, with `features` rows of W. True: input W, with `features` columns of W; the pattern
+  // seen from its columns (transpose_block_sparse) is built where it is not given. activation: 0 none, 1 relu, 2 gelu,
+  // 3 gelu with tanh, 4 silu (an integer: the stable ABI's strings leak). scales [rows of W]: values are int8.
+  m.def("block_sparse_linear(Tensor input, Tensor values, Tensor? bias, " WEIGHT ", int activation=0, " TRANSPOSE
+        ") -> Tensor");
+  m.def("block_sparse_mm(Tensor dense, Tensor values, " WEIGHT ", " TRANSPOSE ") -> Tensor");
+  m.def("block_sddmm(Tensor a, Tensor b, Tensor crow_indices, Tensor col_indices, int[2] block_size) -> Tensor");
+  m.def(
+      "block_sparse_mlp(Tensor input, Tensor? gate_values, Tensor up_values, Tensor down_values, "
+      "Tensor? gate_crow_indices, Tensor? gate_col_indices, Tensor up_crow_indices, Tensor up_col_indices, "
+      "Tensor down_crow_indices, Tensor down_col_indices, SymInt hidden_features, SymInt features, int activation=4, "
+      "Tensor? gate_scales=None, Tensor? up_scales=None, Tensor? down_scales=None) -> Tensor");
+  m.def(
+      "transpose_block_sparse(Tensor crow_indices, Tensor col_indices, SymInt col_blocks) -> "
+      "(Tensor ccol_indices, Tensor row_indices, Tensor entries)");
+  // CPU only: raises with the first bad index.
+  m.def("check_block_sparse(Tensor crow_indices, Tensor col_indices, SymInt col_blocks) -> ()");
+  m.def("matmul_plan_cpu(ScalarType dtype, int[2] block_size) -> str");
 
   // ---- what would run: one line per implementation, "name: runs" or "name: the reason it refuses"
   m.def(
