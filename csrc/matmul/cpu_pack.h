@@ -27,6 +27,10 @@ SPARSEKIT_INLINE void store_float(void* data, int64_t at, DType dtype, Simd::Flo
     return count == Simd::lanes ? Simd::store(p, a) : Simd::store_partial(p, a, count);
   }
   uint16_t* p = static_cast<uint16_t*>(data) + at;
+#ifdef SPARSEKIT_BF16_PRODUCT
+  if (dtype == DType::bf16 && count == Simd::lanes)
+    return Bf16Product::store_neighbours(reinterpret_cast<Bf16Product::Element*>(p), a);
+#endif
   if (dtype == DType::bf16)
     return count == Simd::lanes ? Simd::store_bf16(p, a) : Simd::store_bf16_partial(p, a, count);
   return count == Simd::lanes ? Simd::store_f16(p, a) : Simd::store_f16_partial(p, a, count);

@@ -64,6 +64,11 @@ struct Blocks {
   int64_t slab_stride = 0;        // elements from one step to the next
   int64_t count = 0;
   int64_t depth = 0;  // steps of a block
+  // Brought into L2 meanwhile, a part by every tile: what block number n + ahead needs, while it exists.
+  int64_t ahead = 0, exist = 0;           // from the first of these blocks on
+  bool prefetch_slabs = false;            // they do not all fit L2
+  const Element* next_weights = nullptr;  // of block 0 (of entry 0, where entries are given)
+  const int32_t* next_entries = nullptr;
 };
 
 /// Rows of a register tile of `registers` vectors: the accumulators fill the register file.
@@ -79,7 +84,8 @@ constexpr int tile_rows(int registers) {
 
 /// One tile: rows `row` to `row + rows` of the blocks. Stores its sums to out[i][lane], or adds them to it.
 template <class Product, int rows, int registers, bool down>
-static void multiply_tile(const Blocks<Product>& blocks, int64_t row, float* out, int64_t out_stride, bool add) {
+static __attribute__((noinline)) void multiply_tile(const Blocks<Product>& blocks, int64_t row, int64_t all_rows,
+                                                    float* out, int64_t out_stride, bool add) {
   using Element = typename Product::Element;
   Simd::Float sum[rows][registers];
 #pragma GCC unroll 16
@@ -88,7 +94,22 @@ static void multiply_tile(const Blocks<Product>& blocks, int64_t row, float* out
     for (int j = 0; j < registers; ++j) sum[i][j] = Simd::zero();
   const int64_t stride = blocks.weight_stride, slab_stride = blocks.slab_stride, depth = blocks.depth;
   const Element* weights = blocks.weights + (down ? row : row * stride);
+  const int64_t slab_bytes = depth * slab_stride * int64_t(sizeof(Element));
+  const int64_t part_from = row * slab_bytes / all_rows, part_to = (row + rows) * slab_bytes / all_rows;
   for (int64_t n = 0; n < blocks.count; ++n) {
+    if (n + blocks.ahead < blocks.exist) {
+      const int64_t next = n + blocks.ahead;
+      const char* part = reinterpret_cast<const char*>(blocks.slabs + blocks.slab[next] * blocks.slab_size);
+      if (blocks.prefetch_slabs)
+        for (int64_t at = part_from; at < part_to; at += 64) Simd::prefetch(part + at);
+      if (blocks.next_weights) {
+        const int64_t bytes = blocks.block_size * int64_t(sizeof(Element));
+        const int64_t number = blocks.next_entries ? blocks.next_entries[next] : next;
+        part = reinterpret_cast<const char*>(blocks.next_weights) + number * bytes;
+        for (int64_t at = row * bytes / all_rows; at < (row + rows) * bytes / all_rows; at += 64)
+          Simd::prefetch(part + at);
+      }
+    }
     const Element* weight = weights + (blocks.entries ? blocks.entries[n] : n) * blocks.block_size;
     const Element* slab = blocks.slabs + blocks.slab[n] * blocks.slab_size;
     for (int64_t k = 0; k < depth; ++k) {
@@ -121,20 +142,23 @@ static void multiply_blocks(const Blocks<Product>& blocks, int64_t count, float*
   constexpr int most = tile_rows(registers);
   int64_t row = 0;
   for (; row + most <= count; row += most)
-    multiply_tile<Product, most, registers, down>(blocks, row, out + row * out_stride, out_stride, add);
+    multiply_tile<Product, most, registers, down>(blocks, row, count, out + row * out_stride, out_stride, add);
   if (most > 8 && row + 8 <= count) {
-    multiply_tile < Product, most<8 ? most : 8, registers, down>(blocks, row, out + row * out_stride, out_stride, add);
+    multiply_tile < Product,
+        most<8 ? most : 8, registers, down>(blocks, row, count, out + row * out_stride, out_stride, add);
     row += 8;
   }
   if (most > 4 && row + 4 <= count) {
-    multiply_tile < Product, most<4 ? most : 4, registers, down>(blocks, row, out + row * out_stride, out_stride, add);
+    multiply_tile < Product,
+        most<4 ? most : 4, registers, down>(blocks, row, count, out + row * out_stride, out_stride, add);
     row += 4;
   }
   if (most > 2 && row + 2 <= count) {
-    multiply_tile<Product, 2, registers, down>(blocks, row, out + row * out_stride, out_stride, add);
+    multiply_tile<Product, 2, registers, down>(blocks, row, count, out + row * out_stride, out_stride, add);
     row += 2;
   }
-  if (row < count) multiply_tile<Product, 1, registers, down>(blocks, row, out + row * out_stride, out_stride, add);
+  if (row < count)
+    multiply_tile<Product, 1, registers, down>(blocks, row, count, out + row * out_stride, out_stride, add);
 }
 
 /// The same with a number of registers that is known at run time: 1, 2, 3 (of 32 registers) and 4, 6, 8 for low blocks.
