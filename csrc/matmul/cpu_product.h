@@ -257,20 +257,5 @@ static Status run_product(const BlockSparseProduct& p, const ParallelFor& parall
   return p.transposed ? run_product<Product, true>(p, parallel) : run_product<Product, false>(p, parallel);
 }
 
-static Status product(const BlockSparseProduct& p, const ParallelFor& parallel) {
-  if (p.tokens == 0 || (p.transposed ? p.pattern.cols : p.pattern.rows) == 0) return {};
-#ifdef SPARSEKIT_INT8_PRODUCT
-  if (p.scales && !p.transposed && p.pattern.block_cols % 4 == 0 && p.pattern.cols <= int8_longest)
-    return run_product<Int8Product, false>(p, parallel);
-#endif
-#ifdef SPARSEKIT_BF16_PRODUCT
-  // Pairs are neighbours along the inner dimension of a block.
-  if (p.dtype == DType::bf16 && !p.scales &&
-      (p.transposed ? p.pattern.block_rows : p.pattern.block_cols) % Bf16Product::pair == 0)
-    return run_product<Bf16Product>(p, parallel);
-#endif
-  return run_product<FloatProduct>(p, parallel);
-}
-
 }  // namespace
 }  // namespace sparsekit
