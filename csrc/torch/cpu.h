@@ -2,6 +2,7 @@
 #pragma once
 
 #include "sparsekit/attention.h"
+#include "sparsekit/matmul.h"
 #include "sparsekit/selection.h"
 #include "torch/tensors.h"
 
@@ -25,6 +26,11 @@ struct Cpu {
   static void run(const UnionLists& u, const Tensor&) { require(union_lists(u, torch_parallel())); }
   static void run(const InversePermutation& p, const Tensor&) { require(inverse_permutation(p, torch_parallel())); }
   static void run(const PermuteTokens& p, const Tensor&) { require(permute_tokens(p, torch_parallel())); }
+  static void run(const BlockSparseProduct& p, const Tensor&) { require(block_sparse_product(p, torch_parallel())); }
+  static void run(const BlockSddmm& s, const Tensor&) { require(block_sddmm(s, torch_parallel())); }
+  static void run(const TransposeBlockSparse& t, const Tensor&) {
+    require(transpose_block_sparse(t, torch_parallel()));
+  }
 };
 
 }  // namespace sparsekit

@@ -33,6 +33,8 @@
 #define CHOICE_OPTIONS \
   "SymInt width, SymInt min_count=0, SymInt sink=0, SymInt local=0, Tensor? row_limit=None, bool return_mass=False"
 #define CHOICE "(Tensor indices, Tensor counts, Tensor mass)"  // mass is empty unless asked for
+#define WEIGHT "Tensor crow_indices, Tensor col_indices, SymInt features, bool transposed=False"
+#define TRANSPOSE "Tensor? scales=None, Tensor? ccol_indices=None, Tensor? row_indices=None, Tensor? entries=None"
 
 STABLE_TORCH_LIBRARY(sparsekit, m) {
   // ---- attention
@@ -90,6 +92,25 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
         ", bool key_bias_grad=False, bool deterministic=False) -> " GRADIENTS);
   // CPU only, as check_block_lists.
   m.def("check_column_lists(Tensor col_indices, Tensor col_counts, SymInt len_k, bool duplicates=True) -> ()");
+  // ---- matmul: block-sparse weights in the tensors of torch.sparse_bsr (int32 or int64 indices)
+  // transposed=False: input W^T, with `features` rows of W. True: input W, with `features` columns of W; the pattern
+  // seen from its columns (transpose_block_sparse) is built where it is not given. activation: 0 none, 1 relu, 2 gelu,
+  // 3 gelu with tanh, 4 silu (an integer: the stable ABI's strings leak). scales [rows of W]: values are int8.
+  m.def("block_sparse_linear(Tensor input, Tensor values, Tensor? bias, " WEIGHT ", int activation=0, " TRANSPOSE
+        ") -> Tensor");
+  m.def("block_sparse_mm(Tensor dense, Tensor values, " WEIGHT ", " TRANSPOSE ") -> Tensor");
+  m.def("block_sddmm(Tensor a, Tensor b, Tensor crow_indices, Tensor col_indices, int[2] block_size) -> Tensor");
+  m.def(
+      "block_sparse_mlp(Tensor input, Tensor? gate_values, Tensor up_values, Tensor down_values, "
+      "Tensor? gate_crow_indices, Tensor? gate_col_indices, Tensor up_crow_indices, Tensor up_col_indices, "
+      "Tensor down_crow_indices, Tensor down_col_indices, SymInt hidden_features, SymInt features, int activation=4, "
+      "Tensor? gate_scales=None, Tensor? up_scales=None, Tensor? down_scales=None) -> Tensor");
+  m.def(
+      "transpose_block_sparse(Tensor crow_indices, Tensor col_indices, SymInt col_blocks) -> "
+      "(Tensor ccol_indices, Tensor row_indices, Tensor entries)");
+  // CPU only: raises with the first bad index.
+  m.def("check_block_sparse(Tensor crow_indices, Tensor col_indices, SymInt col_blocks) -> ()");
+  m.def("matmul_plan_cpu(ScalarType dtype, int[2] block_size) -> str");
 
   // ---- what would run: one line per implementation, "name: runs" or "name: the reason it refuses"
   m.def(

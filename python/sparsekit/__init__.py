@@ -15,8 +15,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BlockPattern": "formats",
+    "BlockSparseMatrix": "matrices",
+    "NMGMatrix": "matrices",
+    "block_sddmm": "matmul",
     "block_sparse_attention": "attention",
     "block_sparse_attention_varlen": "attention",
+    "block_sparse_linear": "matmul",
+    "block_sparse_mlp": "matmul",
+    "block_sparse_mm": "matmul",
     "check": "attention",
     "info": "_info",
     "isa": "_library",

@@ -8,6 +8,9 @@ import sys
 FAMILIES = {
     "attention": "block-sparse attention on random lists per head",
     "stripes": "stripe-sparse attention on random columns, beside blocks of the same density",
+FAMILIES = {  # a module of this package each
+    "attention": "block-sparse attention on random lists per head",
+    "matmul": "products with random block-sparse weights",
 }
 
 

@@ -1,0 +1,123 @@
+// From sums to output: scales, bias, activation while tokens stand in the lanes; then rows of the output, transposed
+// where features are contiguous; there the factor (the other half of a gated MLP) is multiplied in.
+#pragma once
+
+#include "matmul/cpu_pack.h"
+
+namespace sparsekit {
+namespace {
+
+/// e^-z^2 t P(t) with t = 1 / (1 + z / 2), z >= 0: the complementary error function with a relative error of 1.2e-7 and
+/// what rounding z^2 adds (Press et al., Numerical Recipes, section 6.2).
+SPARSEKIT_INLINE Simd::Float erfc_positive(Simd::Float z) {
+  Simd::Float t = Simd::div(Simd::set(1.f), Simd::fma(z, Simd::set(0.5f), Simd::set(1.f)));
+  Simd::Float p = Simd::fma(Simd::set(0.17087277f), t, Simd::set(-0.82215223f));
+  p = Simd::fma(p, t, Simd::set(1.48851587f));
+  p = Simd::fma(p, t, Simd::set(-1.13520398f));
+  p = Simd::fma(p, t, Simd::set(0.27886807f));
+  p = Simd::fma(p, t, Simd::set(-0.18628806f));
+  p = Simd::fma(p, t, Simd::set(0.09678418f));
+  p = Simd::fma(p, t, Simd::set(0.37409196f));
+  p = Simd::fma(p, t, Simd::set(1.00002368f));
+  p = Simd::fma(p, t, Simd::set(-1.26551223f));
+  return Simd::mul(t, exp2<5>(Simd::mul(Simd::fnma(z, z, p), Simd::set(1.44269504088896341f))));
+}
+
+SPARSEKIT_INLINE Simd::Float gelu(Simd::Float x) {
+  Simd::Float tail = erfc_positive(Simd::mul(Simd::abs(x), Simd::set(0.707106781186547524f)));  // of erfc, at |x|
+  Simd::Float doubled = Simd::select(Simd::less(x, Simd::zero()), tail, Simd::sub(Simd::set(2.f), tail));
+  return Simd::mul(Simd::mul(Simd::set(0.5f), x), doubled);
+}
+
+SPARSEKIT_INLINE Simd::Float gelu_tanh(Simd::Float x) {
+  // 0.5 x (1 + tanh(u)) = x / (1 + e^-2u): no cancellation where tanh is near -1.
+  Simd::Float cubic = Simd::fma(Simd::mul(Simd::mul(x, x), x), Simd::set(0.044715f), x);
+  Simd::Float power = Simd::mul(cubic, Simd::set(-2.f * 0.797884560802865356f * 1.44269504088896341f));
+  return Simd::div(x, Simd::add(Simd::set(1.f), exp2<5>(Simd::min(Simd::set(126.f), power))));
+}
+
+SPARSEKIT_INLINE Simd::Float silu(Simd::Float x) {
+  Simd::Float power = Simd::mul(x, Simd::set(-1.44269504088896341f));
+  return Simd::div(x, Simd::add(Simd::set(1.f), exp2<5>(Simd::min(Simd::set(126.f), power))));
+}
+
+template <Activation activation>
+SPARSEKIT_INLINE Simd::Float activate(Simd::Float x) {
+  switch (activation) {
+    case Activation::relu: return Simd::max(Simd::zero(), x);
+    case Activation::gelu: return gelu(x);
+    case Activation::gelu_tanh: return gelu_tanh(x);
+    case Activation::silu: return silu(x);
+    case Activation::none: break;
+  }
+  return x;
+}
+
+/// Sums [features][width] of one panel of tokens, and where they belong.
+struct Epilogue {
+  const BlockSparseProduct* p = nullptr;
+  const float* token_scales = nullptr;  // [tokens rounded up to panels], where tokens were rounded to 8 bits
+  int64_t feature = 0, features = 0;    // of the output, from `feature` on; sums hold whole vectors of rows
+  int64_t token = 0, tokens = 0;
+  float* sums = nullptr;
+  int64_t width = 0;
+};
+
+template <Activation activation>
+static void finish_sums(const Epilogue& e) {
+  const BlockSparseProduct& p = *e.p;
+  for (int64_t i = 0; i < e.features; ++i) {
+    Simd::Float bias = Simd::zero(), scale = Simd::set(e.token_scales ? p.scales[e.feature + i] : 1.f);
+    if (p.bias) {
+      float first[Simd::lanes];
+      Simd::store(first, load_float(p.bias, e.feature + i, p.dtype, 1));
+      bias = Simd::set(first[0]);
+    }
+    float* row = e.sums + i * e.width;
+    for (int64_t j = 0; j < e.width; j += Simd::lanes) {
+      Simd::Float x = Simd::load(row + j);
+      if (e.token_scales) x = Simd::mul(x, Simd::mul(scale, Simd::load(e.token_scales + e.token + j)));
+      Simd::store(row + j, activate<activation>(Simd::add(x, bias)));
+    }
+  }
+}
+
+SPARSEKIT_INLINE void store_row(const BlockSparseProduct& p, int64_t token, int64_t feature, Simd::Float x, int count) {
+  if (p.factor.data) {
+    const int64_t at = token * p.factor.token + feature * p.factor.feature;
+    x = Simd::mul(x, load_float(p.factor.data, at, p.dtype, count));
+  }
+  store_float(p.output.data, token * p.output.token + feature * p.output.feature, p.dtype, x, count);
+}
+
+static void finish(const Epilogue& e) {
+  const BlockSparseProduct& p = *e.p;
+  if (e.token_scales || p.bias || p.activation != Activation::none) {
+    switch (p.activation) {
+      case Activation::none: finish_sums<Activation::none>(e); break;
+      case Activation::relu: finish_sums<Activation::relu>(e); break;
+      case Activation::gelu: finish_sums<Activation::gelu>(e); break;
+      case Activation::gelu_tanh: finish_sums<Activation::gelu_tanh>(e); break;
+      case Activation::silu: finish_sums<Activation::silu>(e); break;
+    }
+  }
+  if (p.output.feature != 1) {  // tokens are contiguous: rows as they are
+    for (int64_t i = 0; i < e.features; ++i)
+      for (int64_t j = 0; j < e.tokens; j += Simd::lanes)
+        store_row(p, e.token + j, e.feature + i, Simd::load(e.sums + i * e.width + j),
+                  clamp_count(e.tokens - j, Simd::lanes));
+    return;
+  }
+  for (int64_t j = 0; j < e.tokens; j += Simd::lanes) {
+    for (int64_t i = 0; i < e.features; i += Simd::lanes) {
+      Simd::Int r[Simd::lanes];
+      for (int n = 0; n < Simd::lanes; ++n) r[n] = Simd::load_int(e.sums + (i + n) * e.width + j);
+      Simd::transpose(r);
+      const int tokens = clamp_count(e.tokens - j, Simd::lanes), features = clamp_count(e.features - i, Simd::lanes);
+      for (int n = 0; n < tokens; ++n) store_row(p, e.token + j + n, e.feature + i, Simd::as_float(r[n]), features);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sparsekit
