@@ -241,9 +241,7 @@ def compact_kv(
 # ---- matching and merging
 
 
-def bipartite_match(
-    metric: Tensor, r: int | Tensor, *, protect: int = 0, counts: Tensor | None = None
-) -> TokenMatch:
+def bipartite_match(metric: Tensor, r: int | Tensor, *, protect: int = 0, counts: Tensor | None = None) -> TokenMatch:
     """Bipartite soft matching: the r tokens at even positions that are most similar to a token at an odd one.
 
     Similarity is the cosine, summed in float32; no matrix of similarities is stored. Ties go to the lower position. A
