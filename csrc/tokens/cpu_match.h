@@ -22,6 +22,8 @@ constexpr bool wide_file = Simd::registers == 32;
 constexpr int tile_rows = wide_file ? 8 : 4;
 constexpr int tile_vectors = 3;  // 8 x 3 sums + 3 operands + 1 broadcast of 32 registers; 4 x 3 + 3 + 1 of 16
 constexpr int panel = tile_vectors * Simd::lanes;
+constexpr int64_t block_steps =
+    256;  // of a panel at a time: 48 KB with 48 lanes; 64 to 512 are alike, a whole row of 1,024 is 15 % slower
 
 SPARSEKIT_INLINE int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 
@@ -29,7 +31,6 @@ SPARSEKIT_INLINE int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) /
 struct MetricF32 {
   using Element = float;
   using Product = FloatProduct;
-  static constexpr bool in_place = true;
   SPARSEKIT_INLINE Simd::Float load(const Element* p, int count) { return Simd::load_partial(p, count); }
   SPARSEKIT_INLINE Simd::Int operand(const Element* p, int count) {
     return count >= Simd::lanes ? Simd::load_int(p) : Simd::load_int_partial(p, count);
@@ -38,7 +39,6 @@ struct MetricF32 {
 struct MetricF16 {
   using Element = uint16_t;
   using Product = FloatProduct;
-  static constexpr bool in_place = false;
   SPARSEKIT_INLINE Simd::Float load(const Element* p, int count) {
     return count >= Simd::lanes ? Simd::load_f16(p) : Simd::load_f16_partial(p, count);
   }
@@ -48,11 +48,9 @@ struct MetricBf16 {
   using Element = uint16_t;
 #ifdef SPARSEKIT_BF16_PRODUCT
   using Product = Bf16Product;
-  static constexpr bool in_place = true;
   SPARSEKIT_INLINE Simd::Int operand(const Element* p, int count) { return load_bf16_pairs(p, count); }
 #else
   using Product = FloatProduct;
-  static constexpr bool in_place = false;
   SPARSEKIT_INLINE Simd::Int operand(const Element* p, int count) { return Simd::as_int(load(p, count)); }
 #endif
   SPARSEKIT_INLINE Simd::Float load(const Element* p, int count) {
@@ -112,6 +110,36 @@ const typename Metric::Element* scaled_row(const typename Metric::Element* row, 
   return to;
 }
 
+/// sums[i][v] += the products of steps [begin, end): tile_rows sources, broadcast from `source` ([step][lanes]), with a
+/// panel ([step][panel]). A function of its own: inlined, GCC keeps what its caller needs in registers and spills sums.
+template <class Product>
+__attribute__((noinline)) void multiply_tile(const typename Product::Element* source,
+                                             const typename Product::Element* column, int64_t steps, float* sums) {
+  Simd::Float sum[tile_rows][tile_vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 3
+    for (int v = 0; v < tile_vectors; ++v) sum[i][v] = Simd::load(sums + i * panel + v * Simd::lanes);
+  }
+  for (int64_t step = 0; step < steps; ++step, column += panel, source += Simd::lanes) {
+    typename Product::Operand b[tile_vectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < tile_vectors; ++v) b[v] = Product::load(column + v * Simd::lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < tile_rows; ++i) {
+      typename Product::Operand a = Product::broadcast(source + i);
+      Simd::hold(a);
+#pragma GCC unroll 3
+      for (int v = 0; v < tile_vectors; ++v) sum[i][v] = Product::madd(a, b[v], sum[i][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 3
+    for (int v = 0; v < tile_vectors; ++v) Simd::store(sums + i * panel + v * Simd::lanes, sum[i][v]);
+  }
+}
+
 template <class Metric>
 struct Nearest {
   using Product = typename Metric::Product;
@@ -121,13 +149,14 @@ struct Nearest {
 
   const NearestTask& task;
   const int64_t sample, first, last;  // sources
-  const int64_t dim, steps;           // steps: elements of a packed row
-  Element* packed = nullptr;          // [steps][panel]
-  Element* sources = nullptr;         // [last - first][steps], where they cannot be read in place
+  const int64_t dim, steps;           // steps: Product elements of a row
+  Element* packed = nullptr;          // destinations [steps][panel]
+  Element* sources = nullptr;         // [(last - first) / lanes, rounded up][steps][lanes]
   Source* scaled = nullptr;           // [lanes][dim]
   RowNorm* norms = nullptr;           // [last - first]
-  float* best = nullptr;              // [last - first][lanes]
+  float* best = nullptr;              // [last - first, rounded up to lanes][lanes]
   float* place = nullptr;             // the same: positions of the best, as bits
+  float* sums = nullptr;              // [last - first, rounded up to lanes][panel]
   alignas(64) float inverse[panel] = {};
   alignas(64) float bias[panel] = {};  // -inf where a lane holds no candidate
   alignas(64) int32_t position[panel] = {};
@@ -137,127 +166,110 @@ struct Nearest {
     return static_cast<const Source*>(view.data) + view.offset(sample, 0, token);
   }
 
+  /// The row as it is multiplied: where its length asks for it, a scaled copy in place `i`.
+  const Source* operand_row(const Source* from, const RowNorm& norm, int i) {
+    return norm.exponent ? scaled_row<Metric>(from, dim, norm.exponent, scaled + i * dim) : from;
+  }
+
+  /// As many rows as lanes to columns `to[step * stride + lane]`; null: zeros.
+  void pack_rows(const Source* const (&rows)[Simd::lanes], Element* to, int64_t stride) {
+    constexpr int taken = Simd::lanes * pair;
+    for (int64_t d = 0; d < dim; d += taken) {
+      const int wanted = dim - d < taken ? int(dim - d) : taken, elements = (wanted + pair - 1) / pair;
+      Simd::Int block[Simd::lanes];
+      for (int i = 0; i < Simd::lanes; ++i) {
+        block[i] = rows[i] ? Metric::operand(rows[i] + d, wanted) : Simd::set_int(0);
+      }
+      Simd::transpose(block);
+      for (int i = 0; i < elements; ++i) Simd::store_int(to + (d / pair + i) * stride, block[i]);
+    }
+  }
+
   /// Destinations 2(j0 + i) + 1 of i < count to the columns of the panel.
-  void pack(int64_t j0, int count) {
+  void pack_panel(int64_t j0, int count) {
     for (int v = 0; v < tile_vectors; ++v) {
-      const Source* rows[Simd::lanes];
+      const Source* rows[Simd::lanes] = {};
       for (int i = 0; i < Simd::lanes; ++i) {
         const int at = v * Simd::lanes + i;
         const int64_t token = 2 * (j0 + at) + 1;
         position[at] = int32_t(token);
         inverse[at] = 0.f;
         bias[at] = at < count && token >= task.match->protect ? 0.f : -__builtin_inff();
-        rows[i] = at < count ? row(token) : nullptr;
-        if (!rows[i]) continue;
-        RowNorm norm = norm_of<Metric>(rows[i], dim);
+        if (at >= count) continue;
+        RowNorm norm = norm_of<Metric>(row(token), dim);
         inverse[at] = norm.inverse;
-        if (norm.exponent) rows[i] = scaled_row<Metric>(rows[i], dim, norm.exponent, scaled + i * dim);
+        rows[i] = operand_row(row(token), norm, i);
       }
-      constexpr int taken = Simd::lanes * pair;
-      for (int64_t d = 0; d < dim; d += taken) {
-        const int wanted = dim - d < taken ? int(dim - d) : taken, elements = (wanted + pair - 1) / pair;
-        Simd::Int block[Simd::lanes];
-        for (int i = 0; i < Simd::lanes; ++i) {
-          block[i] = rows[i] ? Metric::operand(rows[i] + d, wanted) : Simd::set_int(0);
-        }
-        Simd::transpose(block);
-        Element* to = packed + d / pair * panel + v * Simd::lanes;
-        for (int i = 0; i < elements; ++i) Simd::store_int(to + i * panel, block[i]);
-      }
+      pack_rows(rows, packed + v * Simd::lanes, panel);
     }
   }
 
-  /// A source to Product elements, [steps].
-  void pack_source(int64_t i) {
-    constexpr int taken = Simd::lanes * pair;
-    const Source* from = row(2 * (first + i));
-    if (norms[i].exponent) from = scaled_row<Metric>(from, dim, norms[i].exponent, scaled);
-    for (int64_t d = 0; d < dim; d += taken) {
-      const int wanted = dim - d < taken ? int(dim - d) : taken;
-      alignas(64) Element part[Simd::lanes];
-      Simd::store_int(part, Metric::operand(from + d, wanted));
-      memcpy(sources + i * steps + d / pair, part, size_t((wanted + pair - 1) / pair) * sizeof(Element));
+  void pack_sources(int64_t count) {
+    for (int64_t i0 = 0; i0 < count; i0 += Simd::lanes) {
+      const Source* rows[Simd::lanes] = {};
+      for (int i = 0; i < Simd::lanes && i0 + i < count; ++i) {
+        const Source* from = row(2 * (first + i0 + i));
+        norms[i0 + i] = norm_of<Metric>(from, dim);
+        rows[i] = operand_row(from, norms[i0 + i], i);
+      }
+      pack_rows(rows, sources + i0 * steps, Simd::lanes);
     }
   }
 
-  /// The cosines (but for the sources' own lengths) of tile_rows sources with the panel, against the best so far.
-  void tile(const Element* const (&rows)[tile_rows], int64_t at) {
-    Simd::Float sum[tile_rows][tile_vectors];
-#pragma GCC unroll 8
-    for (int i = 0; i < tile_rows; ++i) {
+  /// The cosines of source `i` (but for its own length) with the panel, against the best so far.
+  void compare(int64_t i) {
+    Simd::Float top = Simd::load(best + i * Simd::lanes), where = Simd::load(place + i * Simd::lanes);
 #pragma GCC unroll 3
-      for (int v = 0; v < tile_vectors; ++v) sum[i][v] = Simd::zero();
+    for (int v = 0; v < tile_vectors; ++v) {
+      const int lane = v * Simd::lanes;
+      Simd::Float sum = Simd::load(sums + i * panel + lane);
+      Simd::Float cosine = Simd::fma(sum, Simd::load(inverse + lane), Simd::load(bias + lane));
+      Simd::Mask better = Simd::less(top, cosine);  // not where either is NaN; of equal ones the first stays
+      top = Simd::select(better, cosine, top);
+      where = Simd::select(better, Simd::as_float(Simd::load_int(position + lane)), where);
     }
-    const Element* column = packed;
-    for (int64_t step = 0; step < steps; ++step, column += panel) {
-      typename Product::Operand b[tile_vectors];
-#pragma GCC unroll 3
-      for (int v = 0; v < tile_vectors; ++v) b[v] = Product::load(column + v * Simd::lanes);
-#pragma GCC unroll 8
-      for (int i = 0; i < tile_rows; ++i) {
-        typename Product::Operand a = Product::broadcast(rows[i] + step);
-        Simd::hold(a);
-#pragma GCC unroll 3
-        for (int v = 0; v < tile_vectors; ++v) sum[i][v] = Product::madd(a, b[v], sum[i][v]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < tile_rows; ++i) {
-      Simd::Float top = Simd::load(best + (at + i) * Simd::lanes);
-      Simd::Float where = Simd::load(place + (at + i) * Simd::lanes);
-#pragma GCC unroll 3
-      for (int v = 0; v < tile_vectors; ++v) {
-        const int lane = v * Simd::lanes;
-        Simd::Float cosine = Simd::fma(sum[i][v], Simd::load(inverse + lane), Simd::load(bias + lane));
-        Simd::Mask better = Simd::less(top, cosine);  // not where either is NaN; of equal ones the first stays
-        top = Simd::select(better, cosine, top);
-        where = Simd::select(better, Simd::as_float(Simd::load_int(position + lane)), where);
-      }
-      Simd::store(best + (at + i) * Simd::lanes, top);
-      Simd::store(place + (at + i) * Simd::lanes, where);
-    }
+    Simd::store(best + i * Simd::lanes, top);
+    Simd::store(place + i * Simd::lanes, where);
   }
 
   bool run() {
-    const int64_t candidates = task.count(sample) / 2, count = last - first, held = round_up(count, tile_rows);
-    bool copies = !Metric::in_place || dim % pair != 0;
-    norms = static_cast<RowNorm*>(malloc(size_t(count) * sizeof(RowNorm)));
-    if (!norms) return false;
-    for (int64_t i = 0; i < count; ++i) {
-      norms[i] = norm_of<Metric>(row(2 * (first + i)), dim);
-      copies |= norms[i].exponent != 0;
-    }
-    const int64_t bytes[] = {
-        steps * panel * int64_t(sizeof(Element)), copies ? count * steps * int64_t(sizeof(Element)) : 0,
-        Simd::lanes * dim * int64_t(sizeof(Source)), held * Simd::lanes * 4, held * Simd::lanes * 4};
-    int64_t at[6] = {};
-    for (int i = 0; i < 5; ++i) at[i + 1] = at[i] + round_up(bytes[i], 64);
+    const int64_t candidates = task.count(sample) / 2, count = last - first, held = round_up(count, Simd::lanes);
+    const int64_t element = sizeof(Element);
+    const int64_t bytes[] = {steps * panel * element,
+                             held * steps * element,
+                             Simd::lanes * dim * element,
+                             count * int64_t(sizeof(RowNorm)),
+                             held * Simd::lanes * 4,
+                             held * Simd::lanes * 4,
+                             held * panel * 4};
+    int64_t at[8] = {};
+    for (int i = 0; i < 7; ++i) at[i + 1] = at[i] + round_up(bytes[i], 64);
     char* scratch = nullptr;
-    if (posix_memalign(reinterpret_cast<void**>(&scratch), 64, size_t(at[5]) + 64)) {
-      free(norms);
-      return false;
-    }
+    if (posix_memalign(reinterpret_cast<void**>(&scratch), 64, size_t(at[7]) + 64)) return false;
     packed = reinterpret_cast<Element*>(scratch + at[0]);
     sources = reinterpret_cast<Element*>(scratch + at[1]);
     scaled = reinterpret_cast<Source*>(scratch + at[2]);
-    best = reinterpret_cast<float*>(scratch + at[3]);
-    place = reinterpret_cast<float*>(scratch + at[4]);
+    norms = reinterpret_cast<RowNorm*>(scratch + at[3]);
+    best = reinterpret_cast<float*>(scratch + at[4]);
+    place = reinterpret_cast<float*>(scratch + at[5]);
+    sums = reinterpret_cast<float*>(scratch + at[6]);
     for (int64_t i = 0; i < held * Simd::lanes; ++i) best[i] = -__builtin_inff();
-    for (int64_t i = 0; copies && i < count; ++i) pack_source(i);
+    pack_sources(count);
     for (int64_t j0 = 0; j0 < candidates; j0 += panel) {
-      pack(j0, candidates - j0 < panel ? int(candidates - j0) : panel);
-      for (int64_t i = 0; i < count; i += tile_rows) {
-        const Element* rows[tile_rows];
-        for (int t = 0; t < tile_rows; ++t) {
-          const int64_t source = i + t < count ? i + t : count - 1;  // the last one again: computed and dropped
-          rows[t] = copies ? sources + source * steps : reinterpret_cast<const Element*>(row(2 * (first + source)));
+      pack_panel(j0, candidates - j0 < panel ? int(candidates - j0) : panel);
+      memset(sums, 0, size_t(held * panel) * 4);
+      for (int64_t begin = 0; begin < steps; begin += block_steps) {
+        const int64_t length = steps - begin < block_steps ? steps - begin : block_steps;
+        for (int64_t i = 0; i < held; i += tile_rows) {
+          const Element* source =
+              sources + i / Simd::lanes * Simd::lanes * steps + begin * Simd::lanes + i % Simd::lanes;
+          multiply_tile<Product>(source, packed + begin * panel, length, sums + i * panel);
         }
-        tile(rows, i);
       }
+      for (int64_t i = 0; i < count; ++i) compare(i);
     }
     for (int64_t i = 0; i < count; ++i) finish(i);
     free(scratch);
-    free(norms);
     return true;
   }
 

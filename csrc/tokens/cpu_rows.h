@@ -21,7 +21,7 @@ namespace sparsekit {
 namespace {
 
 constexpr int line = 64;
-constexpr int64_t fetch_ahead = 2048;  // bytes between a copied line and the fetched one, at least
+constexpr int64_t fetch_ahead = 8192;  // bytes between a copied line and the fetched one, at least
 
 // ---- writing around the caches: 64 bytes at an address that is a multiple of 64
 
@@ -56,13 +56,13 @@ SPARSEKIT_INLINE bool streams(const char* to, int64_t bytes) {
 SPARSEKIT_INLINE void copy_row(char* to, const char* from, int64_t bytes, bool stream, const char* next) {
   if (stream && streams(to, bytes)) {
     for (int64_t at = 0; at < bytes; at += line) {
-      if (next) Simd::prefetch(next + at);
+      if (next) __builtin_prefetch(next + at);
       stream_line(to + at, from + at);
     }
     return;
   }
   if (next) {
-    for (int64_t at = 0; at < bytes; at += line) Simd::prefetch(next + at);
+    for (int64_t at = 0; at < bytes; at += line) __builtin_prefetch(next + at);
   }
   memcpy(to, from, size_t(bytes));
 }
