@@ -4,6 +4,7 @@
 #include "sparsekit/attention.h"
 #include "sparsekit/matmul.h"
 #include "sparsekit/selection.h"
+#include "sparsekit/tokens.h"
 #include "torch/tensors.h"
 
 namespace sparsekit {
@@ -31,6 +32,13 @@ struct Cpu {
   static void run(const TransposeBlockSparse& t, const Tensor&) {
     require(transpose_block_sparse(t, torch_parallel()));
   }
+  static void run(const GatherTokens& g, const Tensor&) { require(gather_tokens(g, torch_parallel())); }
+  static void run(const ScatterTokens& t, const Tensor&) { require(scatter_tokens(t, torch_parallel())); }
+  static void run(const ScatterTokensBackward& b, const Tensor&) {
+    require(scatter_tokens_backward(b, torch_parallel()));
+  }
+  static void run(const CompactRows& c, const Tensor&) { require(compact_rows(c, torch_parallel())); }
+  static void run(const MatchTokens& m, const Tensor&) { require(match_tokens(m, torch_parallel())); }
 };
 
 }  // namespace sparsekit

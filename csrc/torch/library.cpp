@@ -120,4 +120,23 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
       "attention_plan_cuda(ScalarType dtype, int head_dim, int value_dim, int[2] block_size, bool backward=False, "
       "bool packed=False, int group_size=0) -> str");
   m.def("cpu_features() -> str");
+
+  // ---- tokens: dims count a batch dimension, which packed tensors (cu_seqlens) lack
+  m.def(
+      "gather_tokens(Tensor[] tensors, Tensor index, int[] dims, Tensor? cu_seqlens=None, "
+      "Tensor? cu_seqlens_out=None, SymInt? length=None) -> Tensor[]");
+  m.def(
+      "scatter_tokens(Tensor[] tensors, Tensor? weights, Tensor[] base, Tensor index, int[] dims, SymInt length, "
+      "str reduce=\"copy\", Tensor? cu_seqlens=None, Tensor? cu_seqlens_out=None) -> (Tensor[] out, Tensor totals)");
+  m.def(
+      "scatter_tokens_backward(Tensor[] grads, Tensor? grad_totals, Tensor[] tensors, Tensor? weights, Tensor[] outs, "
+      "Tensor totals, Tensor index, int[] dims, SymInt rows, str reduce, Tensor? cu_seqlens=None, "
+      "Tensor? cu_seqlens_out=None, bool weights_grad=False) -> (Tensor[] grad_tensors, Tensor grad_weights)");
+  m.def(
+      "bipartite_match(Tensor metric, SymInt r, Tensor? ragged_r=None, int protect=0, Tensor? counts=None) -> "
+      "(Tensor source, Tensor destination, Tensor kept, Tensor row, Tensor counts)");
+  m.def(
+      "compact_kv(Tensor(a!)[] cache_tensors, Tensor keep_index, Tensor? block_table=None, Tensor(b!)? lengths=None, "
+      "str layout=\"HND\") -> ()");
+  m.def("tokens_plan_cpu(ScalarType dtype, bool match=False) -> str");
 }

@@ -28,6 +28,17 @@ _HOMES = {
     "isa": "_library",
     "merge_attention_states": "attention",
     "stripe_sparse_attention": "stripes",
+    "PackedTokens": "tokens",
+    "TokenMatch": "tokens",
+    "bipartite_match": "tokens",
+    "compact_kv": "tokens",
+    "gather_tokens": "tokens",
+    "merge_tokens": "tokens",
+    "pack_tokens": "tokens",
+    "scatter_tokens": "tokens",
+    "token_size_bias": "tokens",
+    "unmerge_tokens": "tokens",
+    "unpack_tokens": "tokens",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

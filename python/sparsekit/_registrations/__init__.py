@@ -4,3 +4,4 @@ The stable ABI has no C++ form of these. Imported once, for its effects, after t
 """
 
 from . import attention, matmul, selection  # noqa: F401
+from . import attention, selection, tokens  # noqa: F401

@@ -4,13 +4,11 @@ import argparse
 import importlib
 import sys
 
-# A module of this package each.
-FAMILIES = {
-    "attention": "block-sparse attention on random lists per head",
-    "stripes": "stripe-sparse attention on random columns, beside blocks of the same density",
 FAMILIES = {  # a module of this package each
     "attention": "block-sparse attention on random lists per head",
+    "stripes": "stripe-sparse attention on random columns, beside blocks of the same density",
     "matmul": "products with random block-sparse weights",
+    "tokens": "gather, scatter, matching and merging of tokens",
 }
 
 

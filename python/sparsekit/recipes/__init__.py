@@ -8,6 +8,8 @@
 A recipe is a frozen dataclass; its parameters have the paper's names, and what it leaves out of the paper stands in its
 docstring. It changes the output: what it costs on a real model is in docs/recipes.md. In a Hugging Face model:
 `sparsekit.integrations.transformers.register(recipe)`.
+
+Recipes for tokens and caches are modules of functions: `recipes.tome` (Token Merging).
 """
 
 from .anchor_attention import AnchorAttention
