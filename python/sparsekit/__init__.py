@@ -15,12 +15,16 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BlockPattern": "formats",
+    "KVCache": "kv_cache",
     "block_sparse_attention": "attention",
     "block_sparse_attention_varlen": "attention",
     "check": "attention",
+    "decode_attention": "kv_cache",
+    "dequantize_kv": "kv_cache",
     "info": "_info",
     "isa": "_library",
     "merge_attention_states": "attention",
+    "quantize_kv": "kv_cache",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 
