@@ -1,5 +1,5 @@
-// kv_append, kv_crop, kv_compact: what changes a cache. One (sequence, head) at a time, in parallel; everything that can
-// be wrong is found before the first byte is written.
+// kv_append, kv_crop, kv_compact: what changes a cache. One (sequence, head) at a time, in parallel; everything that
+// can be wrong is found before the first byte is written.
 #include <cstring>
 #include <vector>
 
@@ -57,8 +57,8 @@ class Head {
     return place;
   }
 
-  void write_codes(const KvPacking& p, int64_t token, const std::vector<uint8_t>& from, const std::vector<uint16_t>& scales,
-                   const std::vector<uint16_t>& minima) {
+  void write_codes(const KvPacking& p, int64_t token, const std::vector<uint8_t>& from,
+                   const std::vector<uint16_t>& scales, const std::vector<uint16_t>& minima) {
     UnitPlace place = unit_place(c, p, b, h, token);
     for (int32_t t = 0; t < p.unit(); t += kv_block) {
       pack_block(p, &from[int64_t(t) * p.dim], place.codes + t / kv_block * p.block_bytes());
@@ -114,14 +114,16 @@ Status check_append(const KvAppend& a) {
       return error(Kind::invalid_argument,
                    "the cache is full: sequence %lld, head %lld holds %lld tokens and gets %lld more; supported: %lld "
                    "quantized tokens, and the window (nothing was appended)",
-                   (long long)b, (long long)h, (long long)n[0] + n[1] + n[2], (long long)count, (long long)c.capacity());
+                   (long long)b, (long long)h, (long long)n[0] + n[1] + n[2], (long long)count,
+                   (long long)c.capacity());
     }
     for (int64_t i = n[1] / c.page_size; i * c.page_size < quantized; ++i) {
       int64_t page = page_of(c, b, h, i);
       if (page < 0 || page >= c.pages) {
-        return error(Kind::invalid_argument,
-                     "block_table of sequence %lld: page %lld is %lld; supported: pages 0 to %lld (nothing was appended)",
-                     (long long)b, (long long)i, (long long)page, (long long)c.pages - 1);
+        return error(
+            Kind::invalid_argument,
+            "block_table of sequence %lld: page %lld is %lld; supported: pages 0 to %lld (nothing was appended)",
+            (long long)b, (long long)i, (long long)page, (long long)c.pages - 1);
       }
     }
   }
@@ -250,10 +252,11 @@ Status check_keep(const KvCompact& a) {
       int64_t token = a.keep[row * a.count + i];
       bool empty = token == -1;
       if ((!empty && (token <= before || token >= length)) || (token < -1)) {
-        return error(Kind::invalid_argument,
-                     "keep[%lld, %lld, %lld] is %lld after %lld; supported: ascending tokens below the length, %lld, then -1",
-                     (long long)b, (long long)(a.keep_heads == 1 ? 0 : h), (long long)i, (long long)token,
-                     (long long)before, (long long)length);
+        return error(
+            Kind::invalid_argument,
+            "keep[%lld, %lld, %lld] is %lld after %lld; supported: ascending tokens below the length, %lld, then -1",
+            (long long)b, (long long)(a.keep_heads == 1 ? 0 : h), (long long)i, (long long)token, (long long)before,
+            (long long)length);
       }
       before = empty ? length : token;
     }
@@ -275,8 +278,8 @@ void compact_head(const KvCompact& a, int64_t b, int64_t h) {
     for (const KvPacking* p : {&c.key, &c.value}) {
       char* window = static_cast<char*>(p->value_layout ? c.value_window : c.key_window);
       int64_t bytes = size_of(c.dtype);
-      std::memmove(window + sink_row(c, p->dim, b, h, sinks) * bytes, window + sink_row(c, p->dim, b, h, keep[i]) * bytes,
-                   p->dim * bytes);
+      std::memmove(window + sink_row(c, p->dim, b, h, sinks) * bytes,
+                   window + sink_row(c, p->dim, b, h, keep[i]) * bytes, p->dim * bytes);
     }
     ++sinks;
   }

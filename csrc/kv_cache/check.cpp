@@ -15,8 +15,8 @@ Status check_bits(const KvPacking& p, const char* of) {
   }
   int32_t multiple = p.width() == 3 ? 32 : 16;
   if (p.dim <= 0 || p.dim > 512 || p.dim % multiple != 0) {
-    return error(Kind::invalid_argument, "%s: head_dim is %d; supported at %d bits: multiples of %d up to 512", of, p.dim,
-                 p.width(), multiple);
+    return error(Kind::invalid_argument, "%s: head_dim is %d; supported at %d bits: multiples of %d up to 512", of,
+                 p.dim, p.width(), multiple);
   }
   return {};
 }
@@ -45,7 +45,8 @@ Status kv_check(const KvCache& c) {
                  (long long)c.heads);
   }
   if (!c.block_table && c.pages != c.batch * c.pages_per_head) {
-    return error(Kind::invalid_argument, "the pool has %lld pages; without a block_table supported: %lld for %lld sequences",
+    return error(Kind::invalid_argument,
+                 "the pool has %lld pages; without a block_table supported: %lld for %lld sequences",
                  (long long)c.pages, (long long)(c.batch * c.pages_per_head), (long long)c.batch);
   }
   return {};
@@ -56,12 +57,13 @@ Status kv_check_contents(const KvCache& c) {
     const int32_t* n = c.lengths + at * 3;
     long long b = at / c.heads, h = at % c.heads;
     if (n[0] < 0 || n[0] > c.sinks) {
-      return error(Kind::invalid_argument, "lengths[%lld, %lld, 0] is %d sinks; supported: 0 to %d", b, h, n[0], c.sinks);
+      return error(Kind::invalid_argument, "lengths[%lld, %lld, 0] is %d sinks; supported: 0 to %d", b, h, n[0],
+                   c.sinks);
     }
     if (n[1] < 0 || n[1] > c.capacity() || n[1] % c.unit() != 0) {
       return error(Kind::invalid_argument,
-                   "lengths[%lld, %lld, 1] is %d quantized tokens; supported: multiples of %d up to the capacity, %lld", b,
-                   h, n[1], c.unit(), (long long)c.capacity());
+                   "lengths[%lld, %lld, 1] is %d quantized tokens; supported: multiples of %d up to the capacity, %lld",
+                   b, h, n[1], c.unit(), (long long)c.capacity());
     }
     if (n[2] < 0 || n[2] > c.ring()) {
       return error(Kind::invalid_argument, "lengths[%lld, %lld, 2] is %d recent tokens; supported: 0 to %d", b, h, n[2],

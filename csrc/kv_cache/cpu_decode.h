@@ -17,10 +17,10 @@ constexpr float infinity = __builtin_inff();
 
 /// Scratch of one split.
 struct Workspace {
-  float* tile;       // [32][max(head_dim, value_dim)]
-  float* x;          // [rows][128]
-  uint8_t* codes;    // [32][max dim]
-  float* more;       // what a kernel adds
+  float* tile;     // [32][max(head_dim, value_dim)]
+  float* x;        // [rows][128]
+  uint8_t* codes;  // [32][max dim]
+  float* more;     // what a kernel adds
   static int64_t tile_floats(const DecodeAttention& p) {
     return int64_t(kv_block) * (p.head_dim > p.value_dim ? p.head_dim : p.value_dim);
   }
@@ -50,7 +50,8 @@ void plain_scores(const DecodeSplit& split, const DecodeChunk& chunk, const Work
   const DecodeAttention& p = *split.problem;
   DType dtype = p.plain ? p.plain->dtype : p.cache->dtype;
   for (int32_t t = 0; t < chunk.count; ++t) {
-    for (int32_t d = 0; d < p.head_dim; d += Simd::lanes) Simd::store(w.tile + d, load_any(chunk.key_rows[t], d, dtype));
+    for (int32_t d = 0; d < p.head_dim; d += Simd::lanes)
+      Simd::store(w.tile + d, load_any(chunk.key_rows[t], d, dtype));
     for (int32_t r = 0; r < split.rows; ++r) {
       const float* query = split.query + int64_t(r) * p.head_dim;
       Simd::Float even = Simd::zero(), odd = Simd::zero();
@@ -163,8 +164,8 @@ void softmax_row(const DecodeSplit& split, const DecodeChunk& chunk, int32_t r, 
   for (int32_t t = 0; t < seen; t += lanes) {
     Simd::Float s = Simd::mul(Simd::load(x + t), Simd::set(log2e));
     Simd::store(x + t, s);
-    most = Simd::max(s, most);                                // the other operand where s is NaN,
-    check = Simd::add(check, Simd::mul(s, Simd::zero()));     // so NaN is looked for: also -inf * 0
+    most = Simd::max(s, most);                             // the other operand where s is NaN,
+    check = Simd::add(check, Simd::mul(s, Simd::zero()));  // so NaN is looked for: also -inf * 0
   }
   alignas(64) float lane[lanes];
   Simd::store(lane, most);
@@ -227,7 +228,8 @@ struct FloatKernels {
 };
 
 [[maybe_unused]] const char* refuses_dims(const DecodeAttention& p) {
-  return p.head_dim % Simd::lanes != 0 || p.value_dim % Simd::lanes != 0 ? "head dims must be multiples of the vector" : nullptr;
+  return p.head_dim % Simd::lanes != 0 || p.value_dim % Simd::lanes != 0 ? "head dims must be multiples of the vector"
+                                                                         : nullptr;
 }
 
 }  // namespace

@@ -20,12 +20,9 @@ struct Entry {
 
 constexpr Entry table[] = {
 #ifdef SPARSEKIT_X86
-    {&decode_avx512_bf16, Isa::avx512_bf16},
-    {&decode_avx512, Isa::avx512},
-    {&decode_avx2, Isa::avx2},
+    {&decode_avx512_bf16, Isa::avx512_bf16}, {&decode_avx512, Isa::avx512},       {&decode_avx2, Isa::avx2},
 #endif
-    {&decode_portable, Isa::portable},
-    {&decode_reference, Isa::reference},
+    {&decode_portable, Isa::portable},       {&decode_reference, Isa::reference},
 };
 
 const char* refuses(const Entry& entry, const DecodeAttention& problem) {
@@ -95,8 +92,8 @@ struct Job {
   const DecodeAttention& p;
   const DecodeKernel& kernel;
   std::vector<Piece> pieces;
-  std::vector<int64_t> first_piece;  // of each (batch, head), and the end
-  std::vector<float> query;          // [batch, heads_q, len_q, head_dim]
+  std::vector<int64_t> first_piece;        // of each (batch, head), and the end
+  std::vector<float> query;                // [batch, heads_q, len_q, head_dim]
   std::vector<float> acc, largest, total;  // [piece][rows]...
   int64_t rows = 0;                        // of one key head
 };
@@ -147,7 +144,9 @@ void merge_row(const Job& job, int64_t batch, int64_t head, int64_t row, float* 
   if (nan) lse = NAN;
   // The sink joins the denominator only; a sink far above every score leaves weights that underflow to 0, as it should.
   float reference = sink > largest ? sink : largest;
-  float scale = empty ? 0.f : std::exp2(largest - reference) / (total * std::exp2(largest - reference) + std::exp2(sink - reference));
+  float scale =
+      empty ? 0.f
+            : std::exp2(largest - reference) / (total * std::exp2(largest - reference) + std::exp2(sink - reference));
   for (int32_t d = 0; d < p.value_dim; ++d) sum[d] = nan ? NAN : empty ? 0.f : sum[d] * scale;
   store_row(p.out.data, p.out.offset(batch, query_head, i), p.dtype, p.value_dim, sum);
   p.lse[(batch * p.heads_q + query_head) * p.len_q + i] = lse;
@@ -224,9 +223,10 @@ void decode_chunk(const DecodeAttention& p, int64_t b, int64_t h, int64_t index,
   }
   int64_t element = size_of(c.dtype);
   for (int32_t t = 0; t < chunk->count; ++t) {
-    int64_t key = part == 0 ? sink_row(c, c.key.dim, b, h, start + t) : ring_row(c, c.key.dim, b, h, length.parts[1] + start + t);
-    int64_t value =
-        part == 0 ? sink_row(c, c.value.dim, b, h, start + t) : ring_row(c, c.value.dim, b, h, length.parts[1] + start + t);
+    int64_t key =
+        part == 0 ? sink_row(c, c.key.dim, b, h, start + t) : ring_row(c, c.key.dim, b, h, length.parts[1] + start + t);
+    int64_t value = part == 0 ? sink_row(c, c.value.dim, b, h, start + t)
+                              : ring_row(c, c.value.dim, b, h, length.parts[1] + start + t);
     chunk->key_rows[t] = static_cast<const char*>(c.key_window) + key * element;
     chunk->value_rows[t] = static_cast<const char*>(c.value_window) + value * element;
   }

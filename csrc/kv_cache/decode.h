@@ -11,7 +11,8 @@ namespace sparsekit {
 
 constexpr int32_t chunk_tokens = 128;
 constexpr int32_t chunk_blocks = chunk_tokens / kv_block;
-constexpr int32_t split_chunks = 16;  // 2,048 tokens: 16 splits for one head of 32K, and 128 times the cost of its merge
+constexpr int32_t split_chunks =
+    16;  // 2,048 tokens: 16 splits for one head of 32K, and 128 times the cost of its merge
 
 /// Up to 128 tokens: rows in full precision, or blocks of codes.
 struct DecodeChunk {
@@ -48,9 +49,7 @@ struct DecodeSplit {
   float* largest;  // [rows], -inf: no key
   float* total;    // [rows]
 
-  int64_t query_head(int32_t row) const {
-    return head * (problem->heads_q / problem->heads_kv) + row / problem->len_q;
-  }
+  int64_t query_head(int32_t row) const { return head * (problem->heads_q / problem->heads_kv) + row / problem->len_q; }
   /// Keys that the row sees: those before this one.
   int64_t limit(int32_t row) const { return length - problem->len_q + 1 + row % problem->len_q; }
   /// Bias of the row by token, or null.

@@ -1,5 +1,6 @@
-// Codes in and out of blocks, groups to codes and back, fp16 and fp8: what include/sparsekit/kv_cache.h says, element by
-// element. Scalar code that the compiler vectorizes; internal linkage, no std: kernels of any instruction set may use it.
+// Codes in and out of blocks, groups to codes and back, fp16 and fp8: what include/sparsekit/kv_cache.h says, element
+// by element. Scalar code that the compiler vectorizes; internal linkage, no std: kernels of any instruction set may
+// use it.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +37,7 @@ inline uint16_t float_to_half(float value) {
   uint32_t bits = float_to_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
   if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and more
-  if (magnitude < 0x38800000) {                                 // below 2^-14: in units of 2^-24, rounded by an addition
+  if (magnitude < 0x38800000) {  // below 2^-14: in units of 2^-24, rounded by an addition
     uint32_t units = float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f);
     return uint16_t(sign | units);
   }
@@ -213,7 +214,8 @@ inline float dequantize(const KvPacking& p, uint8_t code, float scale, float min
 
 /// Index of an element's scale, relative to the scales of its unit() tokens. t is the token in the unit.
 inline int64_t scale_index(const KvPacking& p, int32_t t, int32_t d) {
-  return p.per_channel ? d : (int64_t(t / kv_block) * p.groups_per_token() + d / p.group_size) * kv_block + t % kv_block;
+  return p.per_channel ? d
+                       : (int64_t(t / kv_block) * p.groups_per_token() + d / p.group_size) * kv_block + t % kv_block;
 }
 
 /// Quantizes `count` <= unit() tokens x [count][dim] into codes [unit][dim] (0 past count) and their scales.

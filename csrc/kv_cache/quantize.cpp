@@ -1,5 +1,5 @@
-// kv_quantize and kv_dequantize: a unit of tokens (32, or a per-channel group) at a time, parallel over heads and units.
-// The bytes of x are read once and those of the codes written once; the arithmetic is that of packing.h.
+// kv_quantize and kv_dequantize: a unit of tokens (32, or a per-channel group) at a time, parallel over heads and
+// units. The bytes of x are read once and those of the codes written once; the arithmetic is that of packing.h.
 #include <vector>
 
 #include "kv_cache/blocks.h"

@@ -23,7 +23,8 @@ std::vector<float> rows_of(const DecodeAttention& p, const DecodeChunk& chunk, b
   std::vector<uint8_t> codes(kv_block * dim);
   for (int32_t t = 0; t < chunk.count; ++t) {
     int32_t block = t / kv_block;
-    if (t % kv_block == 0) unpack_block(packing, value ? chunk.value_codes[block] : chunk.key_codes[block], codes.data());
+    if (t % kv_block == 0)
+      unpack_block(packing, value ? chunk.value_codes[block] : chunk.key_codes[block], codes.data());
     dequantize_row(packing, &codes[t % kv_block * dim], t % kv_block,
                    value ? chunk.value_scales[block] : chunk.key_scales[block],
                    value ? chunk.value_minima[block] : chunk.key_minima[block], &rows[int64_t(t) * dim]);
@@ -51,7 +52,8 @@ void run(const DecodeSplit& split) {
         if (p.softcap > 0) score = p.softcap * std::tanh(score / p.softcap);
         if (split.bias(r) && token < p.bias_length) {
           float bias = split.bias(r)[token];
-          score = bias == -INFINITY ? -INFINITY : score + bias;  // a key that is masked out reaches nothing, not even NaN
+          score =
+              bias == -INFINITY ? -INFINITY : score + bias;  // a key that is masked out reaches nothing, not even NaN
         }
         if (split.scores(r) && token < p.scores_length) split.scores(r)[token] = float(score);
         if (score == -INFINITY) continue;

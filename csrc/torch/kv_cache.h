@@ -10,12 +10,12 @@
 namespace sparsekit {
 
 /// The tensors of a cache, in the order of the schemas.
-#define SPARSEKIT_CACHE_PARAMETERS                                                                                    \
-  Tensor key_codes, Tensor key_scales, Tensor key_minima, Tensor value_codes, Tensor value_scales,                    \
-      Tensor value_minima, Tensor key_window, Tensor value_window, Tensor lengths, OptionalTensor block_table,        \
+#define SPARSEKIT_CACHE_PARAMETERS                                                                             \
+  Tensor key_codes, Tensor key_scales, Tensor key_minima, Tensor value_codes, Tensor value_scales,             \
+      Tensor value_minima, Tensor key_window, Tensor value_window, Tensor lengths, OptionalTensor block_table, \
       std::vector<int64_t> format
-#define SPARSEKIT_CACHE_ARGUMENTS                                                                                     \
-  key_codes, key_scales, key_minima, value_codes, value_scales, value_minima, key_window, value_window, lengths,      \
+#define SPARSEKIT_CACHE_ARGUMENTS                                                                                \
+  key_codes, key_scales, key_minima, value_codes, value_scales, value_minima, key_window, value_window, lengths, \
       block_table, format
 
 static inline void require_cache_tensor(const Tensor& tensor, ScalarType type, const Tensor& window, const char* name) {
@@ -238,13 +238,13 @@ struct KvOps {
   }
 };
 
-#define SPARSEKIT_REGISTER_KV_CACHE(m, Backend)                         \
-  m.impl("quantize_kv", TORCH_BOX(KvOps<Backend>::quantize));           \
-  m.impl("dequantize_kv", TORCH_BOX(KvOps<Backend>::dequantize));       \
-  m.impl("kv_cache_append", TORCH_BOX(KvOps<Backend>::append));         \
-  m.impl("kv_cache_crop", TORCH_BOX(KvOps<Backend>::crop));             \
-  m.impl("kv_cache_compact", TORCH_BOX(KvOps<Backend>::compact));       \
-  m.impl("decode_attention", TORCH_BOX(KvOps<Backend>::decode));        \
+#define SPARSEKIT_REGISTER_KV_CACHE(m, Backend)                   \
+  m.impl("quantize_kv", TORCH_BOX(KvOps<Backend>::quantize));     \
+  m.impl("dequantize_kv", TORCH_BOX(KvOps<Backend>::dequantize)); \
+  m.impl("kv_cache_append", TORCH_BOX(KvOps<Backend>::append));   \
+  m.impl("kv_cache_crop", TORCH_BOX(KvOps<Backend>::crop));       \
+  m.impl("kv_cache_compact", TORCH_BOX(KvOps<Backend>::compact)); \
+  m.impl("decode_attention", TORCH_BOX(KvOps<Backend>::decode));  \
   m.impl("decode_attention_plain", TORCH_BOX(KvOps<Backend>::decode_plain))
 
 }  // namespace sparsekit

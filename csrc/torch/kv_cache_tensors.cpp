@@ -39,7 +39,8 @@ KvCache cache_of(SPARSEKIT_CACHE_PARAMETERS) {
   require(kv_check(c));
   int64_t heads = c.pages * c.page_heads();
   for (const auto& [p, codes, scales, minima, window, names] :
-       {std::tuple{&c.key, &key_codes, &key_scales, &key_minima, &key_window, "key_codes\0key_scales\0key_minima\0key_window"},
+       {std::tuple{&c.key, &key_codes, &key_scales, &key_minima, &key_window,
+                   "key_codes\0key_scales\0key_minima\0key_window"},
         std::tuple{&c.value, &value_codes, &value_scales, &value_minima, &value_window,
                    "value_codes\0value_scales\0value_minima\0value_window"}}) {
     const char* codes_name = names;

@@ -21,16 +21,16 @@
 // grad_key_bias is [B, Hq, Sk] where asked for, grad_sinks [B, Hq] where sinks are given; else both are empty.
 #define GRADIENTS "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_key_bias, Tensor grad_sinks)"
 
-// The tensors of a KVCache (include/sparsekit/kv_cache.h); minima are empty where the format has none. format: key bits,
-// value bits (-8: fp8 e4m3), group size, keys per channel, symmetric, page size, sinks, window.
-#define CACHE                                                                                        \
+// The tensors of a KVCache (include/sparsekit/kv_cache.h); minima are empty where the format has none. format: key
+// bits, value bits (-8: fp8 e4m3), group size, keys per channel, symmetric, page size, sinks, window.
+#define CACHE                                                                                         \
   "Tensor key_codes, Tensor key_scales, Tensor key_minima, Tensor value_codes, Tensor value_scales, " \
   "Tensor value_minima, Tensor key_window, Tensor value_window, Tensor lengths, Tensor? block_table, int[] format"
-#define MUTATED_CACHE                                                                                      \
-  "Tensor(a!) key_codes, Tensor(b!) key_scales, Tensor(c!) key_minima, Tensor(d!) value_codes, "           \
+#define MUTATED_CACHE                                                                                  \
+  "Tensor(a!) key_codes, Tensor(b!) key_scales, Tensor(c!) key_minima, Tensor(d!) value_codes, "       \
   "Tensor(e!) value_scales, Tensor(f!) value_minima, Tensor(g!) key_window, Tensor(h!) value_window, " \
   "Tensor(i!) lengths, Tensor? block_table, int[] format"
-#define DECODE                                                                                            \
+#define DECODE                                                                                             \
   "float? scale=None, float softcap=0., Tensor? sinks=None, Tensor? key_bias=None, SymInt scores_length=0" \
   ") -> (Tensor out, Tensor lse, Tensor scores)"
 
@@ -69,7 +69,8 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
       "quantize_kv(Tensor x, int bits, int group_size, bool per_channel, bool symmetric, bool value_layout) -> "
       "(Tensor codes, Tensor scales, Tensor minima)");
   m.def(
-      "dequantize_kv(Tensor codes, Tensor scales, Tensor minima, SymInt length, SymInt dim, ScalarType dtype, int bits, "
+      "dequantize_kv(Tensor codes, Tensor scales, Tensor minima, SymInt length, SymInt dim, ScalarType dtype, int "
+      "bits, "
       "int group_size, bool per_channel, bool symmetric, bool value_layout) -> Tensor");
   m.def("kv_cache_append(" MUTATED_CACHE ", Tensor key, Tensor value, Tensor? counts=None) -> ()");
   m.def("kv_cache_crop(" MUTATED_CACHE ", Tensor limits) -> ()");

@@ -5,21 +5,23 @@
 //   integers, b bits, asymmetric: x ~ scale * code + minimum          scale = (max - min) / (2^b - 1)
 //   integers, b bits, symmetric:  x ~ scale * (code - 2^(b-1))        scale = max|x| / (2^(b-1) - 1)
 //   fp8 e4m3:                     x ~ scale * e4m3(code)              scale = max|x| / 448
-// Keys are grouped per channel (`group_size` neighbouring tokens of one channel: KIVI, arXiv 2402.02750, section 3) or per
-// token (`group_size` neighbouring channels of one token, the last group shorter where dim is no multiple); values always
-// per token.  |x - x'| <= scale / 2 + (2^b - 1) scale 2^-11 + |minimum| 2^-11 + 2^-24 for integers. A constant group is
-// exact up to fp16. Finite values beyond +-65504 saturate there. A group that holds NaN or an infinity gets a NaN scale:
-// it comes back as NaN as a whole, so that the damage shows, and reaches no other group.
+// Keys are grouped per channel (`group_size` neighbouring tokens of one channel: KIVI, arXiv 2402.02750, section 3) or
+// per token (`group_size` neighbouring channels of one token, the last group shorter where dim is no multiple); values
+// always per token.  |x - x'| <= scale / 2 + (2^b - 1) (scale 2^-11 + 2^-25) + |minimum| 2^-11 + 2^-25 for integers:
+// half a step, and what rounding scale and minimum to fp16 costs. A constant group is exact up to fp16. Finite values
+// beyond +-65504 saturate there. A group that holds NaN or an infinity gets a NaN scale: it comes back as NaN as a
+// whole, so that the damage shows, and reaches no other group.
 //
 // CODES. 32 tokens of one head make a *block* of 4 * dim * b bytes: one plane of b bits, or for 3 bits a plane of the
-// low 2 bits and behind it a plane of the high bit. A plane is a matrix of 32-bit little-endian words; the word in row r
-// and column c holds the 32 / b elements whose inner index is r * 32 / b + 4 j + i, in bits [8 i + b j, 8 i + b j + b):
+// low 2 bits and behind it a plane of the high bit. A plane is a matrix of 32-bit little-endian words; the word in row
+// r and column c holds the 32 / b elements whose inner index is r * 32 / b + 4 j + i, in bits [8 i + b j, 8 i + b j +
+// b):
 //   layout `key`:   inner = channel, column = token:    [dim * b / 32][32] words
 //   layout `value`: inner = token,   column = channel:  [b][dim] words
 // So (word >> b j) & mask gives four bytes that are four neighbours of the inner, summed index: one lane of `vpdpbusd`
 // with 16 tokens (channels) in the lanes and no sum across them; a 16-byte load of a GPU thread holds 4 tokens x 32 / b
-// channels of a key (4 channels x 32 / b tokens of a value), which is the B operand of `mma.m16n8k16` up to the order of
-// the inner index, and one `lop3` per pair of codes turns it into fp16. A warp reads 512 contiguous bytes.
+// channels of a key (4 channels x 32 / b tokens of a value), which is the B operand of `mma.m16n8k16` up to the order
+// of the inner index, and one `lop3` per pair of codes turns it into fp16. A warp reads 512 contiguous bytes.
 //
 // SCALES (and minima, the same shape) of a page:  per channel [page_size / group_size][dim];
 //                                                 per token   [page_size / 32][ceil(dim / group_size)][32].
@@ -50,9 +52,7 @@ struct KvPacking {
   /// Tokens that are quantized together.
   int32_t unit() const { return per_channel ? group_size : kv_block; }
   /// Scales of `tokens` tokens, a multiple of unit().
-  int64_t scales(int64_t tokens) const {
-    return per_channel ? tokens / group_size * dim : tokens * groups_per_token();
-  }
+  int64_t scales(int64_t tokens) const { return per_channel ? tokens / group_size * dim : tokens * groups_per_token(); }
 };
 
 /// Quantizes `x` [batch, heads, tokens, dim], and back. Tokens are padded to whole blocks and groups; what is padded
@@ -78,9 +78,9 @@ struct KvDequantize {
 };
 
 /// A cache of one layer. The tokens of sequence b and key head h are, in this order: `sinks` first tokens in full
-/// precision, whole units of quantized tokens in pages, the newest tokens in full precision in a ring. At least `window`
-/// of the newest tokens are in full precision; when the ring holds window + unit() tokens, its oldest unit() are
-/// quantized.
+/// precision, whole units of quantized tokens in pages, the newest tokens in full precision in a ring. At least
+/// `window` of the newest tokens are in full precision; when the ring holds window + unit() tokens, its oldest unit()
+/// are quantized.
 struct KvCache {
   KvPacking key, value;
   DType dtype = DType::bf16;  // of the full-precision part
@@ -96,7 +96,8 @@ struct KvCache {
   uint16_t* key_minima = nullptr;
   uint16_t* value_scales = nullptr;
   uint16_t* value_minima = nullptr;
-  void* key_window = nullptr;    // [batch, heads, sinks + window + unit, key.dim]: sinks, then the ring: of the tokens that
+  void* key_window =
+      nullptr;  // [batch, heads, sinks + window + unit, key.dim]: sinks, then the ring: of the tokens that
   void* value_window = nullptr;  // are no sinks, number i stands in slot i % (window + unit)
   int32_t* lengths = nullptr;    // [batch, heads, 3]: sinks, quantized, in the ring
   /// Page numbers [batch, table_heads, pages_per_head]; null: page i of sequence b is b * pages_per_head + i. With
@@ -125,9 +126,9 @@ struct KvCrop {
   const int32_t* limits = nullptr;  // [batch]
 };
 
-/// Keeps the tokens `keep` [batch, keep_heads, count], indices from 0 in ascending order, -1 at the end: nothing. Tokens
-/// that are quantized per token, and per-channel groups whose tokens all come from one group, keep their codes exactly;
-/// other groups are quantized again.
+/// Keeps the tokens `keep` [batch, keep_heads, count], indices from 0 in ascending order, -1 at the end: nothing.
+/// Tokens that are quantized per token, and per-channel groups whose tokens all come from one group, keep their codes
+/// exactly; other groups are quantized again.
 struct KvCompact {
   KvCache cache;
   const int32_t* keep = nullptr;
@@ -140,7 +141,7 @@ struct PlainCache {
   DType dtype = DType::bf16;
   int64_t pages = 0, pages_per_head = 0;
   int32_t page_size = 0;
-  const void* key = nullptr;  // element (page, head, token, d) at page * page_stride + head * head_stride + token *
+  const void* key = nullptr;    // element (page, head, token, d) at page * page_stride + head * head_stride + token *
   const void* value = nullptr;  // token_stride + d: NHD, HND and contiguous [batch, heads, tokens, dim] alike
   int64_t key_page = 0, key_head = 0, key_token = 0;
   int64_t value_page = 0, value_head = 0, value_token = 0;
@@ -153,7 +154,7 @@ struct PlainCache {
 /// and out, lse as in attention.h. Work is split over the sequence by lengths alone: bitwise the same on any number of
 /// threads.
 struct DecodeAttention {
-  const KvCache* cache = nullptr;     // one of the two
+  const KvCache* cache = nullptr;  // one of the two
   const PlainCache* plain = nullptr;
   DType dtype = DType::bf16;  // of query and out
   int64_t batch = 0, heads_q = 0, heads_kv = 0, len_q = 0;

@@ -43,7 +43,8 @@ def quantize_kv(
 
     Asymmetric: x ~ scale * code + minimum, scale = (max - min) / (2^bits - 1). Symmetric: x ~ scale * (code - 2^(bits-1)),
     scale = max|x| / (2^(bits-1) - 1). "fp8": x ~ scale * e4m3, scale = max|x| / 448. Error of an element (integers):
-    at most scale / 2 and the rounding of scale and minimum to fp16, `(2^bits - 1) scale 2^-11 + |minimum| 2^-11 + 2^-24`.
+    at most scale / 2 and what rounding scale and minimum to fp16 costs,
+    `(2^bits - 1) (scale 2^-11 + 2^-25) + |minimum| 2^-11 + 2^-25`.
 
     Finite values beyond 65504 saturate. A group that holds NaN or an infinity is NaN as a whole when it comes back.
 
@@ -381,7 +382,9 @@ class KVCache:
             index: integers `[B']`; the batch size becomes B'.
         """
         if self.block_table is not None:
-            raise NotImplementedError("reorder: found a block_table, whose pages the caller owns; supported is a cache without")
+            raise NotImplementedError(
+                "reorder: found a block_table, whose pages the caller owns; supported is a cache without"
+            )
         index = index.to(self.device)
         for name in _POOLS:
             pool = getattr(self, name)
@@ -406,7 +409,12 @@ class KVCache:
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, H, max_length, D]` in `dtype`, 0 past a head's length: for tests, not for decoding."""
-        return self._dequantize("key", self.head_dim), self._dequantize("value", self.value_dim)
+        key, value = self._stored("key", self.head_dim), self._stored("value", self.value_dim)
+        if self.rotate:
+            key, value = key @ _hadamard(self.head_dim, key.device), value @ _hadamard(self.value_dim, key.device)
+        if self.value_scale is not None:
+            value = value * self.value_scale[:, :, None]
+        return key.to(self.dtype), value.to(self.dtype)
 
     def state_dict(self) -> dict:
         """Everything, as tensors and numbers."""
@@ -421,7 +429,9 @@ class KVCache:
             ValueError: the formats differ.
         """
         if list(state["format"]) != self.format or state["rotate"] != self.rotate:
-            raise ValueError(f"state: found format {state['format']}, rotate={state['rotate']}; this cache has {self.format}, {self.rotate}")
+            raise ValueError(
+                f"state: found format {state['format']}, rotate={state['rotate']}; this cache has {self.format}, {self.rotate}"
+            )
         window = state["key_window"]
         if window.shape[-1] != self.head_dim or state["value_window"].shape[-1] != self.value_dim:
             raise ValueError(f"state: found head_dim {window.shape[-1]}, this cache has {self.head_dim}")
@@ -481,9 +491,12 @@ class KVCache:
         scale = self.value_scale.repeat_interleave(out.shape[1] // self.num_heads, 1)
         return (out * scale[:, :, None]).to(out.dtype)
 
-    def _dequantize(self, name: str, dim: int) -> Tensor:
+    def _stored(self, name: str, dim: int) -> Tensor:
+        """float32 `[B, H, max_length, dim]`: what the kernels see, before rotation and scale are undone."""
         channel = name == "key" and self.key_axis == "channel"
-        codes, scales, minima = (self._of_sequences(getattr(self, f"{name}_{part}")) for part in ("codes", "scales", "minima"))
+        codes, scales, minima = (
+            self._of_sequences(getattr(self, f"{name}_{part}")) for part in ("codes", "scales", "minima")
+        )
         quantized = torch.ops.sparsekit.dequantize_kv(
             codes,
             scales,
@@ -511,11 +524,7 @@ class KVCache:
                 continue
             index = index.clamp(0, source.shape[2] - 1)[..., None].expand(*x.shape)
             x = torch.where(chosen[..., None], source.gather(2, index), x)
-        if self.rotate:
-            x = x @ _hadamard(dim, x.device)
-        if name == "value" and self.value_scale is not None:
-            x = x * self.value_scale[:, :, None]
-        return x.to(self.dtype)
+        return x
 
     def _of_sequences(self, pool: Tensor) -> Tensor:
         """[pages, heads, n, ...] -> [B, H, max_pages * n, ...]."""

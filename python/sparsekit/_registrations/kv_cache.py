@@ -53,7 +53,9 @@ def _(query, *cache, scale=None, softcap=0.0, sinks=None, key_bias=None, scores_
 
 
 @register_fake("sparsekit::decode_attention_plain")
-def _(query, key, value, lengths, table, tokens_first, scale=None, softcap=0.0, sinks=None, key_bias=None, scores_length=0):
+def _(
+    query, key, value, lengths, table, tokens_first, scale=None, softcap=0.0, sinks=None, key_bias=None, scores_length=0
+):
     return _decoded(query, value.shape[-1], scores_length)
 
 
