@@ -3,7 +3,7 @@
 #   cpu_portable.cpp      no flags; the only backend on processors that are not x86-64
 #   *_avx2.cpp            AVX2, FMA, F16C
 #   *_avx512.cpp          AVX-512 F, BW, DQ, VL (Skylake-SP and later)
-#   *_avx512_bf16.cpp     the same with BF16 (Zen 4, Cooper Lake, Sapphire Rapids and later)
+#   *_avx512_bf16.cpp     the same with BF16 and VNNI (Zen 4, Cooper Lake, Sapphire Rapids and later)
 #   *_amx.cpp             the same with AMX tiles and BF16 tile products (Sapphire Rapids and later)
 #   cuda_*sm80*.cu        code for 8.0 and 9.0, and PTX for every other card from Ampere on (PTX alone costs 10 s at first use)
 #   cuda_*sm90*.cu        code for 9.0a (wgmma, TMA: Hopper only)
@@ -14,7 +14,7 @@
 set(SPARSEKIT_FLAGS_portable "")
 set(SPARSEKIT_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi -mbmi2)
 set(SPARSEKIT_FLAGS_avx512 ${SPARSEKIT_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
-set(SPARSEKIT_FLAGS_avx512_bf16 ${SPARSEKIT_FLAGS_avx512} -mavx512bf16)
+set(SPARSEKIT_FLAGS_avx512_bf16 ${SPARSEKIT_FLAGS_avx512} -mavx512bf16 -mavx512vnni)
 set(SPARSEKIT_FLAGS_amx ${SPARSEKIT_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16)
 
 # sparsekit_cpu_kernels(<target> <file>...): adds each file with the flags of its suffix; x86 files only on x86-64.

@@ -550,7 +550,7 @@ def check_decode(query, cache_key, cache_value, lengths, got, **options):
     visible = scores > -math.inf
     assert torch.equal(got_lse == -math.inf, lse == -math.inf)
     finite = lse > -math.inf
-    slack = (2e-6 if query.dtype == torch.float32 else 4e-5) * (4 + float(largest))
+    slack = (2e-6 if query.dtype == torch.float32 else 1e-4) * (4 + float(largest))  # 15-bit factors beside codes
     assert ((got_lse.double() - lse)[finite].abs() <= slack).all()
     got_scores = got_scores[..., : scores.shape[3]].double()
     assert torch.equal(got_scores > -math.inf, visible)

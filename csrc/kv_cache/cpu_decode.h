@@ -198,7 +198,8 @@ void softmax_row(const DecodeSplit& split, const DecodeChunk& chunk, int32_t r, 
   split.total[r] += Simd::sum(total);
 }
 
-/// The walk over a split's chunks. `Kernels` has the four products, each over a chunk and a Workspace.
+/// The walk over a split's chunks. `Kernels` has the two products over a chunk; `next` is the chunk after it, or the same at
+/// the end: what to prefetch.
 template <class Kernels>
 void run_split(const DecodeSplit& split) {
   const DecodeAttention& p = *split.problem;
@@ -206,12 +207,18 @@ void run_split(const DecodeSplit& split) {
   for (int64_t i = 0; i < int64_t(split.rows) * p.value_dim; ++i) split.acc[i] = 0;
   for (int32_t r = 0; r < split.rows; ++r) split.largest[r] = -infinity, split.total[r] = 0;
   Kernels kernels(split, w);
-  DecodeChunk chunk;
+  DecodeChunk chunks[2];
+  decode_chunk(p, split.batch, split.head, split.first_chunk, &chunks[0]);
   for (int64_t index = split.first_chunk; index < split.last_chunk; ++index) {
-    decode_chunk(p, split.batch, split.head, index, &chunk);
-    kernels.scores(chunk);
+    int32_t now = int32_t(index - split.first_chunk) % 2;
+    const DecodeChunk &chunk = chunks[now], *next = &chunk;
+    if (index + 1 < split.last_chunk) {
+      next = &chunks[1 - now];
+      decode_chunk(p, split.batch, split.head, index + 1, &chunks[1 - now]);
+    }
+    kernels.scores(chunk, *next);
     for (int32_t r = 0; r < split.rows; ++r) softmax_row(split, chunk, r, w.x + int64_t(r) * chunk_tokens);
-    kernels.values(chunk);
+    kernels.values(chunk, *next);
   }
 }
 
@@ -219,10 +226,10 @@ struct FloatKernels {
   const DecodeSplit& split;
   const Workspace& w;
   FloatKernels(const DecodeSplit& split, const Workspace& w) : split(split), w(w) {}
-  void scores(const DecodeChunk& chunk) const {
+  void scores(const DecodeChunk& chunk, const DecodeChunk&) const {
     chunk.quantized ? quantized_scores(split, chunk, w) : plain_scores(split, chunk, w);
   }
-  void values(const DecodeChunk& chunk) const {
+  void values(const DecodeChunk& chunk, const DecodeChunk&) const {
     chunk.quantized ? quantized_values(split, chunk, w) : plain_values(split, chunk, w);
   }
 };
