@@ -1,5 +1,5 @@
-// Decode attention for AVX-512 with BF16 and VNNI: rows of bf16 through vdpbf16ps (cpu_bf16_rows.h), packed codes through
-// vpdpbusd (cpu_vnni.h), both bound by memory; everything else (fp16 and fp32 rows, fp8, queries in fp32) as in
+// Decode attention for AVX-512 with BF16 and VNNI: rows of bf16 through vdpbf16ps (cpu_bf16_rows.h), packed codes
+// through vpdpbusd (cpu_vnni.h), both bound by memory; everything else (fp16 and fp32 rows, fp8, queries in fp32) as in
 // cpu_decode.h.
 #include "common/cpu/simd_avx512_bf16.h"
 

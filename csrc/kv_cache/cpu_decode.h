@@ -136,6 +136,50 @@ void quantized_values(const DecodeSplit& split, const DecodeChunk& chunk, const 
 
 // ---- the softmax step
 
+/// The row's new maximum: what it has summed shrinks.
+SPARSEKIT_INLINE void raise_maximum(const DecodeSplit& split, int32_t r, float largest) {
+  float shrink = split.largest[r] == -infinity ? 0.f : __builtin_exp2f(split.largest[r] - largest);
+  int32_t dim = split.problem->value_dim;
+  float* acc = split.acc + int64_t(r) * dim;
+  for (int32_t d = 0; d < dim; d += Simd::lanes)
+    Simd::store(acc + d, Simd::mul(Simd::load(acc + d), Simd::set(shrink)));
+  split.total[r] *= shrink;
+  split.largest[r] = largest;
+}
+
+SPARSEKIT_INLINE float largest_lane(Simd::Float x, float largest) {
+  alignas(64) float lane[Simd::lanes];
+  Simd::store(lane, x);
+  for (int32_t i = 0; i < Simd::lanes; ++i) largest = lane[i] > largest ? lane[i] : largest;
+  return largest;
+}
+
+/// softmax_row for a whole chunk that needs nothing but the scale: it stays in registers (AVX-512). False: NaN or -inf
+/// among the scores, nothing was done.
+SPARSEKIT_INLINE bool softmax_whole_row(const DecodeSplit& split, int32_t r, float* x) {
+  constexpr int32_t vectors = chunk_tokens / Simd::lanes;
+  Simd::Float s[vectors], scale = Simd::set(split.problem->scale * 1.44269504f);
+  Simd::Float most = Simd::set(-infinity), check = Simd::zero();
+#pragma GCC unroll 8
+  for (int32_t i = 0; i < vectors; ++i) {
+    s[i] = Simd::mul(Simd::load(x + i * Simd::lanes), scale);
+    most = Simd::max(s[i], most);
+    check = Simd::fma(s[i], Simd::zero(), check);
+  }
+  if (Simd::sum(check) != 0) return false;
+  float largest = largest_lane(most, split.largest[r]);
+  if (largest != split.largest[r]) raise_maximum(split, r, largest);
+  Simd::Float total = Simd::zero();
+#pragma GCC unroll 8
+  for (int32_t i = 0; i < vectors; ++i) {
+    Simd::Float weight = exp2<5>(Simd::sub(s[i], Simd::set(largest)));
+    total = Simd::add(total, weight);
+    Simd::store(x + i * Simd::lanes, weight);
+  }
+  split.total[r] += Simd::sum(total);
+  return true;
+}
+
 /// Turns products into weights: scale, softcap, bias, mask; grows the row's maximum, shrinks what it has summed.
 void softmax_row(const DecodeSplit& split, const DecodeChunk& chunk, int32_t r, float* x) {
   const DecodeAttention& p = *split.problem;
@@ -143,6 +187,8 @@ void softmax_row(const DecodeSplit& split, const DecodeChunk& chunk, int32_t r, 
   const float log2e = 1.44269504f;
   int64_t visible = split.limit(r) - chunk.first;
   int32_t seen = visible < 0 ? 0 : visible < chunk.count ? int32_t(visible) : chunk.count;
+  bool plain = p.softcap == 0 && !p.key_bias && !p.scores;
+  if (plain && seen == chunk_tokens && softmax_whole_row(split, r, x)) return;
   for (int32_t t = 0; t < seen; t += lanes) {
     Simd::Float s = Simd::mul(Simd::load(x + t), Simd::set(p.scale));
     if (p.softcap > 0) s = Simd::mul(tanh(Simd::mul(s, Simd::set(1.f / p.softcap))), Simd::set(p.softcap));
@@ -167,10 +213,7 @@ void softmax_row(const DecodeSplit& split, const DecodeChunk& chunk, int32_t r, 
     most = Simd::max(s, most);                             // the other operand where s is NaN,
     check = Simd::add(check, Simd::mul(s, Simd::zero()));  // so NaN is looked for: also -inf * 0
   }
-  alignas(64) float lane[lanes];
-  Simd::store(lane, most);
-  float largest = split.largest[r];
-  for (int32_t i = 0; i < lanes; ++i) largest = lane[i] > largest ? lane[i] : largest;
+  float largest = largest_lane(most, split.largest[r]);
   if (Simd::sum(check) != 0) {  // NaN: of a score, or of a masked one
     for (int32_t t = 0; t < seen; ++t) {
       if (x[t] != x[t]) largest = x[t];
@@ -180,15 +223,7 @@ void softmax_row(const DecodeSplit& split, const DecodeChunk& chunk, int32_t r, 
     for (int32_t t = 0; t < chunk_tokens; ++t) x[t] = 0;
     return;
   }
-  if (largest != split.largest[r]) {
-    float shrink = split.largest[r] == -infinity ? 0.f : __builtin_exp2f(split.largest[r] - largest);
-    float* acc = split.acc + int64_t(r) * p.value_dim;
-    for (int32_t d = 0; d < p.value_dim; d += lanes) {
-      Simd::store(acc + d, Simd::mul(Simd::load(acc + d), Simd::set(shrink)));
-    }
-    split.total[r] *= shrink;
-    split.largest[r] = largest;
-  }
+  if (largest != split.largest[r]) raise_maximum(split, r, largest);
   Simd::Float total = Simd::zero();
   for (int32_t t = 0; t < chunk_tokens; t += lanes) {
     Simd::Float weight = exp2<5>(Simd::sub(Simd::load(x + t), Simd::set(largest)));
@@ -198,8 +233,8 @@ void softmax_row(const DecodeSplit& split, const DecodeChunk& chunk, int32_t r, 
   split.total[r] += Simd::sum(total);
 }
 
-/// The walk over a split's chunks. `Kernels` has the two products over a chunk; `next` is the chunk after it, or the same at
-/// the end: what to prefetch.
+/// The walk over a split's chunks. `Kernels` has the two products over a chunk; `next` is the chunk after it, or the
+/// same at the end: what to prefetch.
 template <class Kernels>
 void run_split(const DecodeSplit& split) {
   const DecodeAttention& p = *split.problem;

@@ -1,11 +1,11 @@
 // The products of decode attention over packed codes, in integers (vpdpbusd: 64 products of unsigned and signed bytes).
 //
-// Keys per channel: q . k_t = sum_d (q_d scale_d) code[t][d] + sum_d q_d minimum_d, so the scales of a group go into the
-// query, once for its 32 to 128 tokens. Keys per token, and values: the scales stand outside the sum over a group's
+// Keys per channel: q . k_t = sum_d (q_d scale_d) code[t][d] + sum_d q_d minimum_d, so the scales of a group go into
+// the query, once for its 32 to 128 tokens. Keys per token, and values: the scales stand outside the sum over a group's
 // channels, or go into the weights. The fp32 factor is rounded to 15 bits, x = 256 hi + lo with hi, lo signed bytes
-// (error 2^-16 of the largest, where bf16 would lose 2^-9 of each), so 64 codes cost two vpdpbusd, and a shift and a mask
-// to unpack: 0.06 instructions per code where the way over fp32 takes 0.4. Sums fit int32: 255 * 127 * 128 * 256 < 2^31
-// for 128 tokens of a chunk, and for 256 channels (dims above go the fp32 way).
+// (error 2^-16 of the largest, where bf16 would lose 2^-9 of each), so 64 codes cost two vpdpbusd, and a shift and a
+// mask to unpack: 0.06 instructions per code where the way over fp32 takes 0.4. Sums fit int32: 255 * 127 * 128 * 256 <
+// 2^31 for 128 tokens of a chunk, and for 256 channels (dims above go the fp32 way).
 #pragma once
 
 #include "kv_cache/cpu_decode.h"
@@ -50,6 +50,10 @@ SPARSEKIT_INLINE __m512i broadcast4(const int8_t* p) {
   return _mm512_set1_epi32(four);
 }
 
+SPARSEKIT_INLINE void prefetch_bytes(const void* at, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(at) + i, _MM_HINT_T0);
+}
+
 // ---- keys: lanes are tokens, a block is two vectors of 16
 
 template <int rows>
@@ -81,15 +85,20 @@ struct KeySums {
   }
 };
 
-/// Adds channels first to last (multiples of 16; of 32 for 3 bits) of a block.
+/// Adds channels first to last (multiples of 16; of 32 for 3 bits) of a block, and prefetches the same place of block
+/// `ahead`, a line for each line that it reads.
 template <int bits, int rows>
-SPARSEKIT_INLINE void add_channels(KeySums<rows>& s, const uint8_t* block, int32_t dim, int32_t first, int32_t last,
-                                   const Factors* f) {
+SPARSEKIT_INLINE void add_channels(KeySums<rows>& s, const uint8_t* block, const uint8_t* ahead, int32_t dim,
+                                   int32_t first, int32_t last, const Factors* f) {
   const auto* words = reinterpret_cast<const uint32_t*>(block);
   if (bits == 3) {
     for (int32_t d = first; d < last; d += 32) {
       const uint32_t* high = words + 2 * dim + d;  // a row of 32 words for 32 channels
       __m512i high0 = _mm512_loadu_si512(high), high1 = _mm512_loadu_si512(high + 16);
+      if (ahead) {
+        prefetch_bytes(ahead + 8 * d, 256);
+        prefetch_bytes(ahead + 8 * dim + 4 * d, 128);
+      }
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         const uint32_t* low = words + 2 * d + 32 * half;
@@ -107,6 +116,7 @@ SPARSEKIT_INLINE void add_channels(KeySums<rows>& s, const uint8_t* block, int32
   for (int32_t d = first; d < last; d += 4 * fields) {
     const uint32_t* row = words + d * bits;  // 32 words for 4 * fields channels
     __m512i words0 = _mm512_loadu_si512(row), words1 = _mm512_loadu_si512(row + 16);
+    if (ahead) prefetch_bytes(ahead + d * bits * 4, 128);
 #pragma GCC unroll 4
     for (int j = 0; j < fields; ++j) {
       KeySums<rows>::add(s, field<bits>(words0, j), field<bits>(words1, j), f, d + 4 * j, fields == 1 ? d / 4 : j);
@@ -117,9 +127,9 @@ SPARSEKIT_INLINE void add_channels(KeySums<rows>& s, const uint8_t* block, int32
 /// The factors of one query row for one group of keys, or for the query alone where keys are per token.
 struct KeyFactors {
   Factors f;
-  float unit;        // of the integers
-  float bias;        // per channel: what is added to every product
-  float sums[16];    // per token: sum of the query over each group of channels,
+  float unit;         // of the integers
+  float bias;         // per channel: what is added to every product
+  float sums[16];     // per token: sum of the query over each group of channels,
   int32_t isums[16];  // and of its integers
 };
 
@@ -128,19 +138,18 @@ SPARSEKIT_INLINE __m512 load_scales(const uint16_t* p) { return Simd::load_f16(p
 /// q_d * scale_d in 15 bits, and the sum of q_d * minimum_d.
 void fold_channel_scales(const KvPacking& p, const float* query, const uint16_t* scales, const uint16_t* minima,
                          KeyFactors& k) {
-  __m512 largest = Simd::zero(), bias = Simd::zero(), check = Simd::zero();
+  __m512 largest = Simd::zero(), bias = Simd::zero(), check = Simd::zero(), x[16];  // dim is 256 at most
   for (int32_t d = 0; d < p.dim; d += 16) {
-    __m512 q = Simd::load(query + d), x = Simd::mul(q, load_scales(scales + d));
-    largest = Simd::max(Simd::abs(x), largest);
-    check = Simd::add(check, x);  // max passes NaN over
+    __m512 q = Simd::load(query + d);
+    x[d / 16] = Simd::mul(q, load_scales(scales + d));
+    largest = Simd::max(Simd::abs(x[d / 16]), largest);
+    check = Simd::add(check, x[d / 16]);  // max passes NaN over
     if (minima) bias = Simd::fma(q, load_scales(minima + d), bias);
   }
   float most = _mm512_reduce_max_ps(largest);
   __m512 inverse = Simd::set(most > 0 ? steps / most : 0.f);
   __m512i sum = _mm512_setzero_si512();
-  for (int32_t d = 0; d < p.dim; d += 16) {
-    store_factors(k.f, d, Simd::mul(Simd::load(query + d), load_scales(scales + d)), inverse, &sum);
-  }
+  for (int32_t d = 0; d < p.dim; d += 16) store_factors(k.f, d, x[d / 16], inverse, &sum);
   k.unit = Simd::sum(check) * 0.f + most * (1.f / steps);  // NaN where a scale or the query is
   k.bias = minima ? Simd::sum(bias) : -k.unit * float(1 << (p.bits - 1)) * float(_mm512_reduce_add_epi32(sum));
 }
@@ -167,20 +176,16 @@ void split_query(const KvPacking& p, const float* query, KeyFactors& k) {
   k.unit = Simd::sum(check) * 0.f + most * (1.f / steps);
 }
 
-SPARSEKIT_INLINE void prefetch_bytes(const void* at, int64_t bytes) {
-  if (!at) return;
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(at) + i, _MM_HINT_T1);
-}
-
 /// x[r][block * 32 ..] of up to `rows` query rows and one block.
 template <int bits, int rows>
-void key_block(const KvPacking& p, const DecodeChunk& chunk, int32_t block, const KeyFactors* k, float* x) {
+void key_block(const KvPacking& p, const DecodeChunk& chunk, int32_t block, const uint8_t* ahead, const KeyFactors* k,
+               float* x) {
   Factors f[rows];
   for (int r = 0; r < rows; ++r) f[r] = k[r].f;
   KeySums<rows> s;
   if (p.per_channel) {
     KeySums<rows>::clear(s);
-    add_channels<bits, rows>(s, chunk.key_codes[block], p.dim, 0, p.dim, f);
+    add_channels<bits, rows>(s, chunk.key_codes[block], ahead, p.dim, 0, p.dim, f);
     for (int r = 0; r < rows; ++r) {
       for (int v = 0; v < 2; ++v) {
         __m512 product = _mm512_cvtepi32_ps(KeySums<rows>::total(s, r, v));
@@ -195,7 +200,7 @@ void key_block(const KvPacking& p, const DecodeChunk& chunk, int32_t block, cons
   for (int32_t g = 0; g < p.groups_per_token(); ++g) {
     int32_t first = g * p.group_size, last = first + p.group_size < p.dim ? first + p.group_size : p.dim;
     KeySums<rows>::clear(s);
-    add_channels<bits, rows>(s, chunk.key_codes[block], p.dim, first, last, f);
+    add_channels<bits, rows>(s, chunk.key_codes[block], ahead, p.dim, first, last, f);
     for (int v = 0; v < 2; ++v) {
       __m512 scale = load_scales(chunk.key_scales[block] + g * kv_block + 16 * v);
       __m512 minimum = p.symmetric ? Simd::zero() : load_scales(chunk.key_minima[block] + g * kv_block + 16 * v);
@@ -215,7 +220,8 @@ void key_block(const KvPacking& p, const DecodeChunk& chunk, int32_t block, cons
 /// What the products keep beside Workspace: factors of row_batch query rows, and of the weights of one row.
 struct VnniScratch {
   static int64_t floats(const DecodeAttention& p) {
-    return 2 * row_batch * (p.head_dim / 4 + 16) + 2 * 16 * chunk_tokens / 4 + Workspace::rows(p) * (p.head_dim / 2 + 16);
+    return 2 * row_batch * (p.head_dim / 4 + 16) + 2 * 16 * chunk_tokens / 4 +
+           Workspace::rows(p) * (p.head_dim / 2 + 16);
   }
 };
 
@@ -233,13 +239,14 @@ void vnni_scores(const DecodeSplit& split, const DecodeChunk& chunk, const Decod
     int32_t rows = split.rows - first < row_batch ? split.rows - first : row_batch;
     const uint16_t* folded = nullptr;
     for (int32_t block = 0; block * kv_block < chunk.count; ++block) {
-      if (first == 0 && next.quantized && &next != &chunk && next.key_codes[block]) {
-        prefetch_bytes(next.key_codes[block], packing.block_bytes());
-        // Per channel the scales of a group are read by all its blocks: a share each.
-        prefetch_bytes(next.key_scales[block], packing.per_channel ? packing.dim * 2 : packing.groups_per_token() * 64);
-        if (next.key_minima[block]) {
-          prefetch_bytes(next.key_minima[block], packing.per_channel ? packing.dim * 2 : packing.groups_per_token() * 64);
-        }
+      const uint8_t* ahead = first == 0 && next.quantized && &next != &chunk ? next.key_codes[block] : nullptr;
+      if (ahead) {
+        int64_t bytes =
+            packing.per_channel ? packing.dim * 2 * kv_block / packing.group_size : packing.groups_per_token() * 64;
+        int64_t at =
+            packing.per_channel ? block * kv_block % packing.group_size / kv_block * bytes / 2 : 0;  // a share each
+        prefetch_bytes(next.key_scales[block] + at, bytes);
+        if (next.key_minima[block]) prefetch_bytes(next.key_minima[block] + at, bytes);
       }
       if (packing.per_channel ? chunk.key_scales[block] != folded : block == 0) {
         folded = chunk.key_scales[block];
@@ -251,10 +258,10 @@ void vnni_scores(const DecodeSplit& split, const DecodeChunk& chunk, const Decod
       }
       float* x = w.x + int64_t(first) * chunk_tokens;
       switch (rows) {
-        case 1: key_block<bits, 1>(packing, chunk, block, k, x); break;
-        case 2: key_block<bits, 2>(packing, chunk, block, k, x); break;
-        case 3: key_block<bits, 3>(packing, chunk, block, k, x); break;
-        default: key_block<bits, 4>(packing, chunk, block, k, x); break;
+        case 1: key_block<bits, 1>(packing, chunk, block, ahead, k, x); break;
+        case 2: key_block<bits, 2>(packing, chunk, block, ahead, k, x); break;
+        case 3: key_block<bits, 3>(packing, chunk, block, ahead, k, x); break;
+        default: key_block<bits, 4>(packing, chunk, block, ahead, k, x); break;
       }
     }
   }
@@ -294,11 +301,11 @@ struct ValueSums {
   __m512i hi[vectors], lo[vectors];
 };
 
-/// acc[channel ..] += over all tokens of a chunk, for 16 * vectors channels that begin at `channel`. Pairs of vectors share
-/// a group: groups are 32 channels at least.
+/// acc[channel ..] += over all tokens of a chunk, for 16 * vectors channels that begin at `channel`. Pairs of vectors
+/// share a group: groups are 32 channels at least.
 template <int bits, int vectors>
-void value_columns(const KvPacking& p, const DecodeChunk& chunk, const DecodeChunk& next, bool prefetching, int32_t channel,
-                   const ValueFactors* k, float* acc) {
+void value_columns(const KvPacking& p, const DecodeChunk& chunk, const DecodeChunk& next, bool prefetching,
+                   int32_t channel, const ValueFactors* k, float* acc) {
   ValueSums<vectors> s;
   for (int v = 0; v < vectors; ++v) s.hi[v] = s.lo[v] = _mm512_setzero_si512();
   const ValueFactors* of[vectors];
@@ -312,7 +319,7 @@ void value_columns(const KvPacking& p, const DecodeChunk& chunk, const DecodeChu
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) low[v] = _mm512_loadu_si512(words + row * p.dim + 16 * v);
       if (ahead) {
-        for (int v = 0; v < vectors; ++v) _mm_prefetch(ahead + (row * p.dim + channel + 16 * v) * 4, _MM_HINT_T1);
+        for (int v = 0; v < vectors; ++v) _mm_prefetch(ahead + (row * p.dim + channel + 16 * v) * 4, _MM_HINT_T0);
       }
 #pragma GCC unroll 4
       for (int j = 0; j < fields; ++j) {
@@ -332,7 +339,7 @@ void value_columns(const KvPacking& p, const DecodeChunk& chunk, const DecodeChu
       }
     }
     if (bits == 3 && ahead) {
-      for (int v = 0; v < vectors; ++v) _mm_prefetch(ahead + (2 * p.dim + channel + 16 * v) * 4, _MM_HINT_T1);
+      for (int v = 0; v < vectors; ++v) _mm_prefetch(ahead + (2 * p.dim + channel + 16 * v) * 4, _MM_HINT_T0);
     }
   }
   for (int v = 0; v < vectors; ++v) {
