@@ -3,6 +3,7 @@
 
 #include "sparsekit/attention.h"
 #include "sparsekit/matmul.h"
+#include "sparsekit/kv_cache.h"
 #include "sparsekit/selection.h"
 #include "sparsekit/tokens.h"
 #include "torch/tensors.h"
@@ -39,6 +40,12 @@ struct Cpu {
   }
   static void run(const CompactRows& c, const Tensor&) { require(compact_rows(c, torch_parallel())); }
   static void run(const MatchTokens& m, const Tensor&) { require(match_tokens(m, torch_parallel())); }
+  static void run(const KvQuantize& q, const Tensor&) { require(kv_quantize(q, torch_parallel())); }
+  static void run(const KvDequantize& q, const Tensor&) { require(kv_dequantize(q, torch_parallel())); }
+  static void run(const KvAppend& a, const Tensor&) { require(kv_append(a, torch_parallel())); }
+  static void run(const KvCrop& a, const Tensor&) { require(kv_crop(a, torch_parallel())); }
+  static void run(const KvCompact& a, const Tensor&) { require(kv_compact(a, torch_parallel())); }
+  static void run(const DecodeAttention& d, const Tensor&) { require(decode_attention(d, torch_parallel())); }
 };
 
 }  // namespace sparsekit

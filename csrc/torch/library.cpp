@@ -35,6 +35,18 @@
 #define CHOICE "(Tensor indices, Tensor counts, Tensor mass)"  // mass is empty unless asked for
 #define WEIGHT "Tensor crow_indices, Tensor col_indices, SymInt features, bool transposed=False"
 #define TRANSPOSE "Tensor? scales=None, Tensor? ccol_indices=None, Tensor? row_indices=None, Tensor? entries=None"
+// The tensors of a KVCache (include/sparsekit/kv_cache.h); minima are empty where the format has none. format: key
+// bits, value bits (-8: fp8 e4m3), group size, keys per channel, symmetric, page size, sinks, window.
+#define CACHE                                                                                         \
+  "Tensor key_codes, Tensor key_scales, Tensor key_minima, Tensor value_codes, Tensor value_scales, " \
+  "Tensor value_minima, Tensor key_window, Tensor value_window, Tensor lengths, Tensor? block_table, int[] format"
+#define MUTATED_CACHE                                                                                  \
+  "Tensor(a!) key_codes, Tensor(b!) key_scales, Tensor(c!) key_minima, Tensor(d!) value_codes, "       \
+  "Tensor(e!) value_scales, Tensor(f!) value_minima, Tensor(g!) key_window, Tensor(h!) value_window, " \
+  "Tensor(i!) lengths, Tensor? block_table, int[] format"
+#define DECODE                                                                                             \
+  "float? scale=None, float softcap=0., Tensor? sinks=None, Tensor? key_bias=None, SymInt scores_length=0" \
+  ") -> (Tensor out, Tensor lse, Tensor scores)"
 
 STABLE_TORCH_LIBRARY(sparsekit, m) {
   // ---- attention
@@ -139,4 +151,20 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
       "compact_kv(Tensor(a!)[] cache_tensors, Tensor keep_index, Tensor? block_table=None, Tensor(b!)? lengths=None, "
       "str layout=\"HND\") -> ()");
   m.def("tokens_plan_cpu(ScalarType dtype, bool match=False) -> str");
+  // ---- kv_cache. scores is empty where scores_length is 0.
+  m.def(
+      "quantize_kv(Tensor x, int bits, int group_size, bool per_channel, bool symmetric, bool value_layout) -> "
+      "(Tensor codes, Tensor scales, Tensor minima)");
+  m.def(
+      "dequantize_kv(Tensor codes, Tensor scales, Tensor minima, SymInt length, SymInt dim, ScalarType dtype, int "
+      "bits, "
+      "int group_size, bool per_channel, bool symmetric, bool value_layout) -> Tensor");
+  m.def("kv_cache_append(" MUTATED_CACHE ", Tensor key, Tensor value, Tensor? counts=None) -> ()");
+  m.def("kv_cache_crop(" MUTATED_CACHE ", Tensor limits) -> ()");
+  m.def("kv_cache_compact(" MUTATED_CACHE ", Tensor keep) -> ()");
+  m.def("decode_attention(Tensor query, " CACHE ", " DECODE);
+  m.def(
+      "decode_attention_plain(Tensor query, Tensor key, Tensor value, Tensor lengths, Tensor? block_table, "
+      "bool tokens_first, " DECODE);
+  m.def("decode_plan_cpu(ScalarType dtype, int head_dim, int value_dim) -> str");
 }

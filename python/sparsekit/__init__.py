@@ -18,12 +18,15 @@ _HOMES = {
     "BlockSparseMatrix": "matrices",
     "NMGMatrix": "matrices",
     "block_sddmm": "matmul",
+    "KVCache": "kv_cache",
     "block_sparse_attention": "attention",
     "block_sparse_attention_varlen": "attention",
     "block_sparse_linear": "matmul",
     "block_sparse_mlp": "matmul",
     "block_sparse_mm": "matmul",
     "check": "attention",
+    "decode_attention": "kv_cache",
+    "dequantize_kv": "kv_cache",
     "info": "_info",
     "isa": "_library",
     "merge_attention_states": "attention",
@@ -39,6 +42,7 @@ _HOMES = {
     "token_size_bias": "tokens",
     "unmerge_tokens": "tokens",
     "unpack_tokens": "tokens",
+    "quantize_kv": "kv_cache",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

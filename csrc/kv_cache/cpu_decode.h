@@ -1,0 +1,278 @@
+// One split of decode attention over any Simd: for each chunk of up to 128 tokens
+//   x[r][t] = log2e * (softcap(scale * q_r . k_t) + bias)      x = -inf where row r does not see token t
+//   m' = max(m, max x), w = 2^(x - m'), acc = acc 2^(m - m') + sum_t w v_t
+// Keys and values are brought to fp32 tiles of 32 tokens in L1 (quantized keys as [dim][32], so that tokens are the
+// lanes), which every query row of the key head shares. Bound by the conversion: about 6 instructions per vector of
+// elements. The AVX-512 BF16 build replaces the two products where it can do better (cpu_avx512_bf16.cpp).
+#pragma once
+
+#include "common/cpu/simd_math.h"
+#include "kv_cache/decode.h"
+#include "kv_cache/packing.h"
+
+namespace sparsekit {
+namespace {
+
+constexpr float infinity = __builtin_inff();
+
+/// Scratch of one split.
+struct Workspace {
+  float* tile;     // [32][max(head_dim, value_dim)]
+  float* x;        // [rows][128]
+  uint8_t* codes;  // [32][max dim]
+  float* more;     // what a kernel adds
+  static int64_t tile_floats(const DecodeAttention& p) {
+    return int64_t(kv_block) * (p.head_dim > p.value_dim ? p.head_dim : p.value_dim);
+  }
+  static int64_t rows(const DecodeAttention& p) { return p.heads_q / p.heads_kv * p.len_q; }
+  static int64_t floats(const DecodeAttention& p) {
+    return tile_floats(p) + rows(p) * chunk_tokens + tile_floats(p) / 4;
+  }
+  Workspace(const DecodeSplit& split) {
+    const DecodeAttention& p = *split.problem;
+    tile = split.scratch;
+    x = tile + tile_floats(p);
+    codes = reinterpret_cast<uint8_t*>(x + rows(p) * chunk_tokens);
+    more = split.scratch + floats(p);
+  }
+};
+
+SPARSEKIT_INLINE Simd::Float load_any(const void* row, int32_t at, DType dtype) {
+  if (dtype == DType::bf16) return Simd::load_bf16(static_cast<const uint16_t*>(row) + at);
+  if (dtype == DType::f16) return Simd::load_f16(static_cast<const uint16_t*>(row) + at);
+  return Simd::load(static_cast<const float*>(row) + at);
+}
+
+// ---- products over fp32 tiles
+
+/// x[r][t] = q_r . k_t for rows in full precision.
+void plain_scores(const DecodeSplit& split, const DecodeChunk& chunk, const Workspace& w) {
+  const DecodeAttention& p = *split.problem;
+  DType dtype = p.plain ? p.plain->dtype : p.cache->dtype;
+  for (int32_t t = 0; t < chunk.count; ++t) {
+    for (int32_t d = 0; d < p.head_dim; d += Simd::lanes)
+      Simd::store(w.tile + d, load_any(chunk.key_rows[t], d, dtype));
+    for (int32_t r = 0; r < split.rows; ++r) {
+      const float* query = split.query + int64_t(r) * p.head_dim;
+      Simd::Float even = Simd::zero(), odd = Simd::zero();
+      for (int32_t d = 0; d < p.head_dim; d += 2 * Simd::lanes) {
+        even = Simd::fma(Simd::load(query + d), Simd::load(w.tile + d), even);
+        if (d + Simd::lanes < p.head_dim) {
+          odd = Simd::fma(Simd::load(query + d + Simd::lanes), Simd::load(w.tile + d + Simd::lanes), odd);
+        }
+      }
+      w.x[int64_t(r) * chunk_tokens + t] = Simd::sum(Simd::add(even, odd));
+    }
+  }
+}
+
+/// acc_r += sum_t x[r][t] v_t over a tile [count][value_dim].
+void add_values(const DecodeSplit& split, const float* tile, const float* x, int32_t count, int32_t value_dim) {
+  for (int32_t r = 0; r < split.rows; ++r) {
+    const float* weight = x + int64_t(r) * chunk_tokens;
+    for (int32_t d = 0; d < value_dim; d += 4 * Simd::lanes) {
+      int32_t vectors = (value_dim - d) / Simd::lanes < 4 ? (value_dim - d) / Simd::lanes : 4;
+      float* acc = split.acc + int64_t(r) * value_dim + d;
+      Simd::Float sum[4];
+      for (int32_t v = 0; v < vectors; ++v) sum[v] = Simd::load(acc + v * Simd::lanes);
+      for (int32_t t = 0; t < count; ++t) {
+        if (weight[t] == 0) continue;  // a token that the row does not see reaches nothing, not even NaN
+        Simd::Float factor = Simd::set(weight[t]);
+        const float* row = tile + int64_t(t) * value_dim + d;
+        for (int32_t v = 0; v < vectors; ++v) sum[v] = Simd::fma(factor, Simd::load(row + v * Simd::lanes), sum[v]);
+      }
+      for (int32_t v = 0; v < vectors; ++v) Simd::store(acc + v * Simd::lanes, sum[v]);
+    }
+  }
+}
+
+void plain_values(const DecodeSplit& split, const DecodeChunk& chunk, const Workspace& w) {
+  const DecodeAttention& p = *split.problem;
+  DType dtype = p.plain ? p.plain->dtype : p.cache->dtype;
+  for (int32_t first = 0; first < chunk.count; first += kv_block) {
+    int32_t count = chunk.count - first < kv_block ? chunk.count - first : kv_block;
+    for (int32_t t = 0; t < count; ++t) {
+      for (int32_t d = 0; d < p.value_dim; d += Simd::lanes) {
+        Simd::store(w.tile + int64_t(t) * p.value_dim + d, load_any(chunk.value_rows[first + t], d, dtype));
+      }
+    }
+    add_values(split, w.tile, w.x + first, count, p.value_dim);
+  }
+}
+
+/// A block as fp32 [32][dim].
+void dequantize_block(const KvPacking& p, const uint8_t* block, const uint16_t* scales, const uint16_t* minima,
+                      uint8_t* codes, float* tile) {
+  unpack_block(p, block, codes);
+  for (int32_t t = 0; t < kv_block; ++t) dequantize_row(p, codes + t * p.dim, t, scales, minima, tile + t * p.dim);
+}
+
+void quantized_scores(const DecodeSplit& split, const DecodeChunk& chunk, const Workspace& w) {
+  const DecodeAttention& p = *split.problem;
+  for (int32_t block = 0; block * kv_block < chunk.count; ++block) {
+    dequantize_block(p.cache->key, chunk.key_codes[block], chunk.key_scales[block], chunk.key_minima[block], w.codes,
+                     w.tile);
+    for (int32_t r = 0; r < split.rows; ++r) {
+      const float* query = split.query + int64_t(r) * p.head_dim;
+      for (int32_t t = 0; t < kv_block; ++t) {
+        Simd::Float sum = Simd::zero();
+        for (int32_t d = 0; d < p.head_dim; d += Simd::lanes) {
+          sum = Simd::fma(Simd::load(query + d), Simd::load(w.tile + t * p.head_dim + d), sum);
+        }
+        w.x[int64_t(r) * chunk_tokens + block * kv_block + t] = Simd::sum(sum);
+      }
+    }
+  }
+}
+
+void quantized_values(const DecodeSplit& split, const DecodeChunk& chunk, const Workspace& w) {
+  const DecodeAttention& p = *split.problem;
+  for (int32_t block = 0; block * kv_block < chunk.count; ++block) {
+    dequantize_block(p.cache->value, chunk.value_codes[block], chunk.value_scales[block], chunk.value_minima[block],
+                     w.codes, w.tile);
+    add_values(split, w.tile, w.x + block * kv_block, kv_block, p.value_dim);
+  }
+}
+
+// ---- the softmax step
+
+/// The row's new maximum: what it has summed shrinks.
+SPARSEKIT_INLINE void raise_maximum(const DecodeSplit& split, int32_t r, float largest) {
+  float shrink = split.largest[r] == -infinity ? 0.f : __builtin_exp2f(split.largest[r] - largest);
+  int32_t dim = split.problem->value_dim;
+  float* acc = split.acc + int64_t(r) * dim;
+  for (int32_t d = 0; d < dim; d += Simd::lanes)
+    Simd::store(acc + d, Simd::mul(Simd::load(acc + d), Simd::set(shrink)));
+  split.total[r] *= shrink;
+  split.largest[r] = largest;
+}
+
+SPARSEKIT_INLINE float largest_lane(Simd::Float x, float largest) {
+  alignas(64) float lane[Simd::lanes];
+  Simd::store(lane, x);
+  for (int32_t i = 0; i < Simd::lanes; ++i) largest = lane[i] > largest ? lane[i] : largest;
+  return largest;
+}
+
+/// softmax_row for a whole chunk that needs nothing but the scale: it stays in registers (AVX-512). False: NaN or -inf
+/// among the scores, nothing was done.
+SPARSEKIT_INLINE bool softmax_whole_row(const DecodeSplit& split, int32_t r, float* x) {
+  constexpr int32_t vectors = chunk_tokens / Simd::lanes;
+  Simd::Float s[vectors], scale = Simd::set(split.problem->scale * 1.44269504f);
+  Simd::Float most = Simd::set(-infinity), check = Simd::zero();
+#pragma GCC unroll 8
+  for (int32_t i = 0; i < vectors; ++i) {
+    s[i] = Simd::mul(Simd::load(x + i * Simd::lanes), scale);
+    most = Simd::max(s[i], most);
+    check = Simd::fma(s[i], Simd::zero(), check);
+  }
+  if (Simd::sum(check) != 0) return false;
+  float largest = largest_lane(most, split.largest[r]);
+  if (largest != split.largest[r]) raise_maximum(split, r, largest);
+  Simd::Float total = Simd::zero();
+#pragma GCC unroll 8
+  for (int32_t i = 0; i < vectors; ++i) {
+    Simd::Float weight = exp2<5>(Simd::sub(s[i], Simd::set(largest)));
+    total = Simd::add(total, weight);
+    Simd::store(x + i * Simd::lanes, weight);
+  }
+  split.total[r] += Simd::sum(total);
+  return true;
+}
+
+/// Turns products into weights: scale, softcap, bias, mask; grows the row's maximum, shrinks what it has summed.
+void softmax_row(const DecodeSplit& split, const DecodeChunk& chunk, int32_t r, float* x) {
+  const DecodeAttention& p = *split.problem;
+  constexpr int32_t lanes = Simd::lanes;
+  const float log2e = 1.44269504f;
+  int64_t visible = split.limit(r) - chunk.first;
+  int32_t seen = visible < 0 ? 0 : visible < chunk.count ? int32_t(visible) : chunk.count;
+  bool plain = p.softcap == 0 && !p.key_bias && !p.scores;
+  if (plain && seen == chunk_tokens && softmax_whole_row(split, r, x)) return;
+  for (int32_t t = 0; t < seen; t += lanes) {
+    Simd::Float s = Simd::mul(Simd::load(x + t), Simd::set(p.scale));
+    if (p.softcap > 0) s = Simd::mul(tanh(Simd::mul(s, Simd::set(1.f / p.softcap))), Simd::set(p.softcap));
+    Simd::store(x + t, s);
+  }
+  if (const float* bias = split.bias(r)) {
+    int64_t end = p.bias_length - chunk.first < seen ? p.bias_length - chunk.first : seen;
+    for (int32_t t = 0; t < end; ++t) {
+      float b = bias[chunk.first + t];
+      x[t] = b == -infinity ? -infinity : x[t] + b;
+    }
+  }
+  if (float* scores = split.scores(r)) {
+    for (int32_t t = 0; t < seen && chunk.first + t < p.scores_length; ++t) scores[chunk.first + t] = x[t];
+  }
+  for (int32_t t = seen; t < chunk_tokens; ++t) x[t] = -infinity;
+
+  Simd::Float most = Simd::set(-infinity), check = Simd::zero();
+  for (int32_t t = 0; t < seen; t += lanes) {
+    Simd::Float s = Simd::mul(Simd::load(x + t), Simd::set(log2e));
+    Simd::store(x + t, s);
+    most = Simd::max(s, most);                             // the other operand where s is NaN,
+    check = Simd::add(check, Simd::mul(s, Simd::zero()));  // so NaN is looked for: also -inf * 0
+  }
+  float largest = largest_lane(most, split.largest[r]);
+  if (Simd::sum(check) != 0) {  // NaN: of a score, or of a masked one
+    for (int32_t t = 0; t < seen; ++t) {
+      if (x[t] != x[t]) largest = x[t];
+    }
+  }
+  if (largest == -infinity) {  // no key yet
+    for (int32_t t = 0; t < chunk_tokens; ++t) x[t] = 0;
+    return;
+  }
+  if (largest != split.largest[r]) raise_maximum(split, r, largest);
+  Simd::Float total = Simd::zero();
+  for (int32_t t = 0; t < chunk_tokens; t += lanes) {
+    Simd::Float weight = exp2<5>(Simd::sub(Simd::load(x + t), Simd::set(largest)));
+    total = Simd::add(total, weight);
+    Simd::store(x + t, weight);
+  }
+  split.total[r] += Simd::sum(total);
+}
+
+/// The walk over a split's chunks. `Kernels` has the two products over a chunk; `next` is the chunk after it, or the
+/// same at the end: what to prefetch.
+template <class Kernels>
+void run_split(const DecodeSplit& split) {
+  const DecodeAttention& p = *split.problem;
+  Workspace w(split);
+  for (int64_t i = 0; i < int64_t(split.rows) * p.value_dim; ++i) split.acc[i] = 0;
+  for (int32_t r = 0; r < split.rows; ++r) split.largest[r] = -infinity, split.total[r] = 0;
+  Kernels kernels(split, w);
+  DecodeChunk chunks[2];
+  decode_chunk(p, split.batch, split.head, split.first_chunk, &chunks[0]);
+  for (int64_t index = split.first_chunk; index < split.last_chunk; ++index) {
+    int32_t now = int32_t(index - split.first_chunk) % 2;
+    const DecodeChunk &chunk = chunks[now], *next = &chunk;
+    if (index + 1 < split.last_chunk) {
+      next = &chunks[1 - now];
+      decode_chunk(p, split.batch, split.head, index + 1, &chunks[1 - now]);
+    }
+    kernels.scores(chunk, *next);
+    for (int32_t r = 0; r < split.rows; ++r) softmax_row(split, chunk, r, w.x + int64_t(r) * chunk_tokens);
+    kernels.values(chunk, *next);
+  }
+}
+
+struct FloatKernels {
+  const DecodeSplit& split;
+  const Workspace& w;
+  FloatKernels(const DecodeSplit& split, const Workspace& w) : split(split), w(w) {}
+  void scores(const DecodeChunk& chunk, const DecodeChunk&) const {
+    chunk.quantized ? quantized_scores(split, chunk, w) : plain_scores(split, chunk, w);
+  }
+  void values(const DecodeChunk& chunk, const DecodeChunk&) const {
+    chunk.quantized ? quantized_values(split, chunk, w) : plain_values(split, chunk, w);
+  }
+};
+
+[[maybe_unused]] const char* refuses_dims(const DecodeAttention& p) {
+  return p.head_dim % Simd::lanes != 0 || p.value_dim % Simd::lanes != 0 ? "head dims must be multiples of the vector"
+                                                                         : nullptr;
+}
+
+}  // namespace
+}  // namespace sparsekit
