@@ -1,6 +1,7 @@
 // Checks the arguments of scores and choices and runs the first implementation of the table that the processor offers,
 // SPARSEKIT_ISA allows and that has the kernel. The last entry, the reference, has all.
 #include <climits>
+#include <cstdlib>
 
 #include "attention/sequences.h"
 #include "common/cpu/features.h"
@@ -18,6 +19,7 @@ struct Entry {
 
 constexpr Entry table[] = {
 #ifdef SPARSEKIT_X86
+    {&selection_cpu_avx512_bf16, Isa::avx512_bf16},
     {&selection_cpu_avx512, Isa::avx512},
     {&selection_cpu_avx2, Isa::avx2},
 #endif
@@ -90,6 +92,15 @@ Status check_rows(const RowScores& arguments) {
 }
 
 }  // namespace
+
+Sequence* list_sequences(const AttentionProblem& problem, int64_t* count) {
+  *count = 0;
+  for (SequenceWalk walk(problem); walk.valid(); walk.next()) ++*count;
+  auto* sequences = static_cast<Sequence*>(std::malloc(size_t(*count + 1) * sizeof(Sequence)));
+  int64_t at = 0;
+  for (SequenceWalk walk(problem); sequences && walk.valid(); walk.next()) sequences[at++] = walk.current;
+  return sequences;
+}
 
 Status block_scores(const BlockScores& arguments, const ParallelFor& parallel) {
   Status status = check_block_scores(arguments);
