@@ -10,8 +10,7 @@
 // Bound: memory, 2 bytes an element, until ceil(Sk / block) * 2 multiply-adds per averaged element catch up.
 #pragma once
 
-#include "attention/cpu_forward_kernels.h"
-#include "selection/cpu_items.h"
+#include "selection/cpu_score_tiles.h"
 #include "sparsekit/selection.h"
 
 namespace sparsekit {
@@ -121,11 +120,6 @@ static float sum_rest(const BlockRows& block, int64_t at, int count, float* sums
   Simd::store_partial(sums + at, sum, count);
   return Simd::sum(product);
 }
-
-template <int count>
-struct Vectors {
-  static constexpr int value = count;
-};
 
 /// sums[d] over the rows of a block, in the order of load_elements; with `diagonal` also the sum of products.
 template <DType dtype>

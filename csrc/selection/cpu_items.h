@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/cpu_tiles.h"
+#include "selection/implementations.h"
 #include "sparsekit/parallel.h"
 
 namespace sparsekit {
@@ -42,12 +43,8 @@ struct SequenceTable {
   int64_t count = 0;
 
   bool set(const AttentionProblem& p) {
-    for (SequenceWalk walk(p); walk.valid(); walk.next()) ++count;
-    sequences = static_cast<Sequence*>(malloc(size_t(count + 1) * sizeof(Sequence)));
-    if (!sequences) return false;
-    int64_t at = 0;
-    for (SequenceWalk walk(p); walk.valid(); walk.next()) sequences[at++] = walk.current;
-    return true;
+    sequences = list_sequences(p, &count);
+    return sequences != nullptr;
   }
   void release() { free(sequences); }
 };

@@ -1,6 +1,7 @@
 // Checks the arguments of scores and choices and runs the first implementation of the table that the processor offers,
 // SPARSEKIT_ISA allows and that has the kernel. The last entry, the reference, has all.
 #include <climits>
+#include <cstdlib>
 
 #include "attention/sequences.h"
 #include "common/cpu/features.h"
@@ -18,6 +19,7 @@ struct Entry {
 
 constexpr Entry table[] = {
 #ifdef SPARSEKIT_X86
+    {&selection_cpu_avx512_bf16, Isa::avx512_bf16},
     {&selection_cpu_avx512, Isa::avx512},
     {&selection_cpu_avx2, Isa::avx2},
 #endif
@@ -39,6 +41,15 @@ Status run(Status (*CpuSelection::*kernel)(const Arguments&, const ParallelFor&)
   return error(Kind::unsupported, "no implementation runs here");  // not reached: the reference runs everywhere
 }
 
+/// Lists of a score that has none: walking the sequences counts blocks all the same.
+BlockLists no_blocks() {
+  BlockLists lists;
+  lists.list_batch = 0;
+  lists.block_q = lists.block_k = 1;
+  lists.q_blocks = INT64_MAX;
+  return lists;
+}
+
 /// What every score needs of its problem; the lists are not looked at.
 Status check_problem(const AttentionProblem& problem) {
   if (problem.heads_kv <= 0 ? problem.heads_q > 0 : problem.heads_q % problem.heads_kv != 0) {
@@ -48,10 +59,7 @@ Status check_problem(const AttentionProblem& problem) {
   if (problem.head_dim <= 0)
     return error(Kind::invalid_argument, "query: the head dimension is 0; supported: 1 and more");
   AttentionProblem lengths = problem;  // the packed batch alone
-  lengths.lists = {};
-  lengths.lists.list_batch = 0;
-  lengths.lists.block_q = lengths.lists.block_k = 1;
-  lengths.lists.q_blocks = INT64_MAX;
+  lengths.lists = no_blocks();
   return attention_check_lists(lengths, /*duplicates=*/false);
 }
 
@@ -91,6 +99,15 @@ Status check_rows(const RowScores& arguments) {
 
 }  // namespace
 
+Sequence* list_sequences(const AttentionProblem& problem, int64_t* count) {
+  *count = 0;
+  for (SequenceWalk walk(problem); walk.valid(); walk.next()) ++*count;
+  auto* sequences = static_cast<Sequence*>(std::malloc(size_t(*count + 1) * sizeof(Sequence)));
+  int64_t at = 0;
+  for (SequenceWalk walk(problem); sequences && walk.valid(); walk.next()) sequences[at++] = walk.current;
+  return sequences;
+}
+
 Status block_scores(const BlockScores& arguments, const ParallelFor& parallel) {
   Status status = check_block_scores(arguments);
   if (!status.ok()) return status;
@@ -103,13 +120,17 @@ Status block_scores_backward(const BlockScoresBackward& arguments, const Paralle
   return run(&CpuSelection::block_scores_backward, arguments, arguments.dtype == DType::f64, parallel);
 }
 
-Status column_scores(const ColumnScores& arguments, const ParallelFor& parallel) {
+Status column_scores(const ColumnScores& given, const ParallelFor& parallel) {
+  ColumnScores arguments = given;
+  arguments.lists = no_blocks();
   Status status = check_problem(arguments);
   if (!status.ok()) return status;
   return run(&CpuSelection::column_scores, arguments, arguments.dtype == DType::f64, parallel);
 }
 
-Status row_scores(const RowScores& arguments, const ParallelFor& parallel) {
+Status row_scores(const RowScores& given, const ParallelFor& parallel) {
+  RowScores arguments = given;
+  arguments.lists = no_blocks();
   Status status = check_problem(arguments);
   if (status.ok()) status = check_rows(arguments);
   if (!status.ok()) return status;

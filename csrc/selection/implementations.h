@@ -2,12 +2,17 @@
 // that may run. A null entry: this set has no kernel of its own for it, a lower one answers.
 #pragma once
 
+#include "attention/sequences.h"
 #include "sparsekit/selection.h"
 
 namespace sparsekit {
 
 /// Shares below this count as this: a block that is seen scores more than -inf, which would keep it from being chosen.
 constexpr float least_share = 1.17549435e-38f;
+
+/// The sequences of a problem, in memory to be freed; null where there is none left. Here, and not in the files of an
+/// instruction set: the members of SequenceWalk are inline, so that the linker would keep any one of their copies.
+Sequence* list_sequences(const AttentionProblem& problem, int64_t* count);
 
 struct CpuSelection {
   const char* name;  // the value of SPARSEKIT_ISA that forces it
