@@ -115,9 +115,15 @@ def make_problem(case: StripeCase, backend: Backend | None, seed: int, **options
 
 # ---- forward
 
+# float16 goes float32's way once it is read: two problems show that it is read right.
+FEATURES_AND_DTYPES = [
+    pytest.param(feature, dtype, id=f"{feature}-{dtype_id(dtype)}")
+    for dtype in DTYPES
+    for feature in (FEATURES if dtype != torch.float16 else ("causal", "everything"))
+]
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("feature", FEATURES)
+
+@pytest.mark.parametrize("feature, dtype", FEATURES_AND_DTYPES)
 def test_features(cpu_backend, feature, dtype, seed):
     case = BASE.with_(heads_q=4, dtype=dtype, **FEATURES[feature])
     problem = make_problem(case, cpu_backend, seed)
@@ -220,20 +226,18 @@ def test_counts_every_key_once(cpu_backend, feature, length, seed):
 SMALL = BASE.with_(len_q=100, len_k=140)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("feature, dtype", FEATURES_AND_DTYPES)
 def test_gradients_of_features(cpu_backend, feature, dtype, seed):
     case = SMALL.with_(heads_q=4, dtype=dtype, **FEATURES[feature])
     check_backward(cpu_backend, make_problem(case, cpu_backend, seed, grad_lse=feature in ("sinks", "everything")))
 
 
 @pytest.mark.parametrize("lists", ["q", "kv", "shared"])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=["mha", "gqa", "mqa"])
-@pytest.mark.parametrize("group_size", [16, 128])
+@pytest.mark.parametrize("heads, group_size", [((4, 4), 16), ((4, 2), 128), ((6, 1), 16)], ids=["mha", "gqa", "mqa"])
 def test_gradients_of_shared_heads(cpu_backend, heads, lists, group_size, seed):
     case = SMALL.with_(
         batch=2, heads_q=heads[0], heads_kv=heads[1], lists=lists, lists_batch=lists != "kv", sinks=True, key_bias=True,
-        group_size=group_size, len_q=200, local=7,
+        group_size=group_size, len_q=180, local=7,
     )  # fmt: skip
     check_backward(cpu_backend, make_problem(case, cpu_backend, seed, grad_lse=True))
 
