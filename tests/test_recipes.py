@@ -226,7 +226,8 @@ def test_minference_search_finds_each_heads_shape(seed):
     key[:, :, 5:9, 3] += 60  # head 0 and 1: verticals far from sinks and window
     query[:, :2, :, 3] += 3
     positions = torch.arange(256)
-    close = 8 * torch.stack([(positions / 9).cos(), (positions / 9).sin()], -1)
+    angle = positions * (math.pi / 256)
+    close = 60 * torch.stack([angle.cos(), angle.sin()], -1)  # 16 keys away a weight has fallen by e^12
     query[:, 2:, :, :2] += close  # head 2 and 3: neighbours
     key[:, 1, :, :2] += close
     query[:, 2:, :, 3] = 0
