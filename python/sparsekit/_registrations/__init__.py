@@ -3,6 +3,4 @@
 The stable ABI has no C++ form of these. Imported once, for its effects, after the libraries are loaded.
 """
 
-from . import attention, matmul, selection  # noqa: F401
-from . import attention, selection, tokens  # noqa: F401
-from . import attention, kv_cache, selection  # noqa: F401
+from . import attention, kv_cache, matmul, selection, tokens  # noqa: F401
