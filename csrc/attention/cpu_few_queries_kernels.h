@@ -208,7 +208,6 @@ SPARSEKIT_INLINE void multiply_columns(const char* const* value, int count, bool
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       typename Product::Operand p = Product::broadcast(weight + r * score_stride);
-      if (columns > 1) Simd::hold(p);
 #pragma GCC unroll 8
       for (int c = 0; c < columns; ++c) sum[r][c] = Product::madd(p, v[c], sum[r][c]);
     }

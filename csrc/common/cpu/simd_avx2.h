@@ -66,6 +66,8 @@ struct Simd {
   SPARSEKIT_INLINE Float load_f16_partial(const uint16_t* p, int count) { return _mm256_cvtph_ps(load_16(p, count)); }
   SPARSEKIT_INLINE void store_f16(uint16_t* p, Float a) { _mm_storeu_si128((__m128i*)p, round_f16(a)); }
   SPARSEKIT_INLINE void store_f16_partial(uint16_t* p, Float a, int count) { store_16(p, round_f16(a), count); }
+  template <class T>
+  SPARSEKIT_INLINE void hold(T&) {}  // see simd_avx512.h; there are no broadcast operands here
   SPARSEKIT_INLINE Float fma_registers(Float a, Float b, Float c) {  // see simd_avx512.h
     asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
     return c;

@@ -60,6 +60,11 @@ struct Simd {
   SPARSEKIT_INLINE void store_f16_partial(uint16_t* p, Float a, int count) {
     _mm256_mask_storeu_epi16(p, first(count), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
+  /// Keeps a value in a register, for products that are no fma_registers (int8, minima and maxima).
+  template <class T>
+  SPARSEKIT_INLINE void hold(T& a) {
+    asm("" : "+v"(a));
+  }
   /// a * b + c with all three in registers, for the tiles of matrix products. Left to itself GCC 12 folds a broadcast
   /// into every instruction that uses it, four loads in place of one, and from one change of the source to the next
   /// keeps what a step shares on the stack: fp32 tiles at 1.3 and 0.9 multiply-adds per cycle in place of 1.97 (Zen 5).

@@ -86,6 +86,8 @@ struct Simd {
     for (int i = 0; i < count; ++i) p[i] = round_f16(a[i]);
   }
   SPARSEKIT_INLINE void store_f16(uint16_t* p, Float a) { store_f16_partial(p, a, lanes); }
+  template <class T>
+  SPARSEKIT_INLINE void hold(T&) {}  // see simd_avx512.h; there are no broadcast operands here
   SPARSEKIT_INLINE Float fma_registers(Float a, Float b, Float c) { return a * b + c; }  // see simd_avx512.h
   SPARSEKIT_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
   SPARSEKIT_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p); }
