@@ -2,8 +2,8 @@
 #pragma once
 
 #include "sparsekit/attention.h"
-#include "sparsekit/matmul.h"
 #include "sparsekit/kv_cache.h"
+#include "sparsekit/matmul.h"
 #include "sparsekit/selection.h"
 #include "sparsekit/tokens.h"
 #include "torch/tensors.h"

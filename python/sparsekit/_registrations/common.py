@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.library import register_vmap
+from torch.library import register_autograd, register_vmap
 
 _library = torch.library.Library("sparsekit", "FRAGMENT")
 
@@ -66,7 +66,11 @@ def refuse_second_derivative(forward, backward) -> None:
             "derivative of its own. First derivatives need no create_graph=True"
         )
 
-    differentiable(backward, lambda ctx, inputs, output: None, refuse)
+    lists = any(str(argument.type) == "List[Tensor]" for argument in backward.default._schema.arguments)
+    if lists:  # `differentiable` does not look into lists
+        register_autograd(backward.default, refuse, setup_context=lambda ctx, inputs, output: None)
+    else:
+        differentiable(backward, lambda ctx, inputs, output: None, refuse)
 
 
 # ---- autocast
