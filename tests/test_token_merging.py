@@ -139,7 +139,9 @@ def test_equal_tokens_merge_without_a_trace(make):
     from sparsekit.integrations.token_merging import merge_tokens_in
 
     model, inputs, tokens = make()
-    blocks = next(module for module in model.modules() if isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)))
+    blocks = next(
+        module for module in model.modules() if isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential))
+    )
 
     def pair_up(module, args, kwargs):
         x = args[0].clone()
