@@ -154,6 +154,14 @@ def _mean_over_blocks(x: Tensor, block: int, mask: Tensor | None) -> Tensor:
 # ---- transformers
 
 
+def __getattr__(name: str):
+    if name == "SparseKitCache":  # its base class is transformers', which is imported only where it is used
+        from .cache import SparseKitCache
+
+        return SparseKitCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def register(
     select: Callable[..., sparsekit.BlockPattern] | None = None, *, name: str = "sparsekit", sparse_from: int = 128
 ) -> str:
