@@ -104,7 +104,19 @@ void plain_values(const DecodeSplit& split, const DecodeChunk& chunk, const Work
 void dequantize_block(const KvPacking& p, const uint8_t* block, const uint16_t* scales, const uint16_t* minima,
                       uint8_t* codes, float* tile) {
   unpack_block(p, block, codes);
-  for (int32_t t = 0; t < kv_block; ++t) dequantize_row(p, codes + t * p.dim, t, scales, minima, tile + t * p.dim);
+  if (!p.per_channel || p.bits == kv_fp8) {
+    for (int32_t t = 0; t < kv_block; ++t) dequantize_row(p, codes + t * p.dim, t, scales, minima, tile + t * p.dim);
+    return;
+  }
+  for (int32_t d = 0; d < p.dim; d += Simd::lanes) {
+    Simd::Float scale = Simd::load_f16(scales + d);
+    Simd::Float minimum = minima ? Simd::load_f16(minima + d) : Simd::mul(scale, Simd::set(-float(1 << (p.bits - 1))));
+    for (int32_t t = 0; t < kv_block; ++t) {
+      float code[Simd::lanes];
+      for (int32_t i = 0; i < Simd::lanes; ++i) code[i] = float(codes[t * p.dim + d + i]);
+      Simd::store(tile + t * p.dim + d, Simd::add(Simd::mul(Simd::load(code), scale), minimum));
+    }
+  }
 }
 
 void quantized_scores(const DecodeSplit& split, const DecodeChunk& chunk, const Workspace& w) {

@@ -107,50 +107,72 @@ inline void store_row(void* data, int64_t at, DType dtype, int32_t count, const 
 
 // ---- blocks
 
-/// One plane of `width` bits between words and codes [32][dim] (one byte per element), whose bits it is `shift` up.
-template <bool packing>
-inline void move_plane(const KvPacking& p, int32_t width, int32_t shift, uint32_t* words, uint8_t* codes) {
+/// Codes [32][dim] (one byte per element), of which a plane takes `width` bits from bit `shift` on, to words.
+inline void pack_plane(const KvPacking& p, int32_t width, int32_t shift, const uint8_t* codes, uint32_t* words) {
   int32_t per_word = 32 / width, rows = (p.value_layout ? kv_block : p.dim) / per_word;
   int32_t columns = p.value_layout ? p.dim : kv_block;
   int32_t inner_stride = p.value_layout ? p.dim : 1, column_stride = p.value_layout ? 1 : p.dim;
   uint32_t mask = (1u << width) - 1;
   for (int32_t r = 0; r < rows; ++r) {
     for (int32_t c = 0; c < columns; ++c) {
-      uint32_t word = packing ? 0 : words[r * columns + c];
-      uint8_t* first = codes + r * per_word * inner_stride + c * column_stride;
+      const uint8_t* first = codes + r * per_word * inner_stride + c * column_stride;
+      uint32_t word = 0;
       for (int32_t e = 0; e < per_word; ++e) {
-        int32_t at = 8 * (e % 4) + width * (e / 4);
-        uint8_t& code = first[e * inner_stride];
-        if (packing) {
-          word |= (uint32_t(code) >> shift & mask) << at;
-        } else {
-          code = uint8_t(code | (word >> at & mask) << shift);
-        }
+        word |= (uint32_t(first[e * inner_stride]) >> shift & mask) << (8 * (e % 4) + width * (e / 4));
       }
-      if (packing) words[r * columns + c] = word;
+      words[r * columns + c] = word;
     }
   }
 }
 
 inline void pack_block(const KvPacking& p, const uint8_t* codes, uint8_t* block) {
   auto* words = reinterpret_cast<uint32_t*>(block);
-  auto* from = const_cast<uint8_t*>(codes);
   if (p.width() == 3) {
-    move_plane<true>(p, 2, 0, words, from);
-    move_plane<true>(p, 1, 2, words + 2 * p.dim, from);
+    pack_plane(p, 2, 0, codes, words);
+    pack_plane(p, 1, 2, codes, words + 2 * p.dim);
   } else {
-    move_plane<true>(p, p.width(), 0, words, from);
+    pack_plane(p, p.width(), 0, codes, words);
+  }
+}
+
+/// Codes of one plane, four at a time: (word >> width j) & mask are four neighbours of the inner index.
+inline void unpack_plane(const KvPacking& p, int32_t width, int32_t shift, const uint32_t* words, uint8_t* codes) {
+  int32_t per_word = 32 / width, rows = (p.value_layout ? kv_block : p.dim) / per_word;
+  uint32_t mask = ((1u << width) - 1) * 0x01010101u;
+  for (int32_t r = 0; r < rows; ++r) {
+    for (int32_t j = 0; j < per_word / 4; ++j) {
+      int32_t inner = r * per_word + 4 * j;
+      if (p.value_layout) {
+        const uint32_t* row = words + r * p.dim;
+        uint8_t* to = codes + inner * p.dim;
+        for (int32_t c = 0; c < p.dim; ++c) {
+          uint32_t four = (row[c] >> (width * j) & mask) << shift;
+          to[c] |= uint8_t(four);
+          to[c + p.dim] |= uint8_t(four >> 8);
+          to[c + 2 * p.dim] |= uint8_t(four >> 16);
+          to[c + 3 * p.dim] |= uint8_t(four >> 24);
+        }
+      } else {
+        for (int32_t c = 0; c < kv_block; ++c) {
+          uint32_t four = (words[r * kv_block + c] >> (width * j) & mask) << shift, before;
+          uint8_t* to = codes + c * p.dim + inner;
+          __builtin_memcpy(&before, to, 4);
+          four |= before;
+          __builtin_memcpy(to, &four, 4);
+        }
+      }
+    }
   }
 }
 
 inline void unpack_block(const KvPacking& p, const uint8_t* block, uint8_t* codes) {
-  auto* words = reinterpret_cast<uint32_t*>(const_cast<uint8_t*>(block));
+  const auto* words = reinterpret_cast<const uint32_t*>(block);
   __builtin_memset(codes, 0, size_t(kv_block) * p.dim);
   if (p.width() == 3) {
-    move_plane<false>(p, 2, 0, words, codes);
-    move_plane<false>(p, 1, 2, words + 2 * p.dim, codes);
+    unpack_plane(p, 2, 0, words, codes);
+    unpack_plane(p, 1, 2, words + 2 * p.dim, codes);
   } else {
-    move_plane<false>(p, p.width(), 0, words, codes);
+    unpack_plane(p, p.width(), 0, words, codes);
   }
 }
 
@@ -245,9 +267,23 @@ inline void quantize_unit(const KvPacking& p, const float* x, int32_t count, uin
 /// The dequantized row of token t of a unit, from its codes [dim].
 inline void dequantize_row(const KvPacking& p, const uint8_t* codes, int32_t t, const uint16_t* scales,
                            const uint16_t* minima, float* out) {
-  for (int32_t d = 0; d < p.dim; ++d) {
-    int64_t at = scale_index(p, t, d);
-    out[d] = dequantize(p, codes[d], half_to_float(scales[at]), minima ? half_to_float(minima[at]) : 0.f);
+  int32_t step = p.per_channel ? p.dim : p.group_size;
+  for (int32_t first = 0; first < p.dim; first += step) {
+    int32_t last = first + step < p.dim ? first + step : p.dim;
+    if (p.per_channel) {
+      for (int32_t d = 0; d < last; ++d) {
+        out[d] = dequantize(p, codes[d], half_to_float(scales[d]), minima ? half_to_float(minima[d]) : 0.f);
+      }
+      continue;
+    }
+    int64_t at = scale_index(p, t, first);
+    float scale = half_to_float(scales[at]), minimum = minima ? half_to_float(minima[at]) : 0.f;
+    if (p.bits == kv_fp8) {
+      for (int32_t d = first; d < last; ++d) out[d] = scale * fp8_to_float(codes[d]);
+    } else {
+      if (p.symmetric) minimum = -scale * float(1 << (p.bits - 1));  // exact: a power of two
+      for (int32_t d = first; d < last; ++d) out[d] = scale * float(codes[d]) + minimum;
+    }
   }
 }
 

@@ -155,6 +155,14 @@ def _mean_over_blocks(x: Tensor, block: int, mask: Tensor | None) -> Tensor:
 # ---- transformers
 
 
+def __getattr__(name: str):
+    if name == "SparseKitCache":  # its base class is transformers', which is imported only where it is used
+        from .cache import SparseKitCache
+
+        return SparseKitCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def register(
     select: Callable[..., sparsekit.BlockPattern] | Recipe | None = None,
     *,
