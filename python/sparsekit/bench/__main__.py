@@ -4,7 +4,10 @@ import argparse
 import importlib
 import sys
 
-FAMILIES = {"attention": "block-sparse attention on random lists per head"}  # a module of this package each
+FAMILIES = {  # a module of this package each
+    "attention": "block-sparse attention on random lists per head",
+    "selection": "scores, choices and lists beside torch's operators composed",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
