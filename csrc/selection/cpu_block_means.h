@@ -264,6 +264,7 @@ struct QueryMeans {
     const int64_t key_blocks = ceil_div(sequence.len_k(), p.lists.block_k), dim = p.head_dim;
     const int64_t bytes = dtype == DType::f32 ? 4 : 2;
     const int rows = int((last - first) * group);
+    const bool scored = p.reduce == BlockReduce::mean;  // else only similarities are asked for
     for (int64_t g = 0; g < group; ++g) {  // blocks of one head follow each other in memory; their keys stay in L2
       for (int64_t m = first; m < last; ++m) {
         const int64_t query = sequence.q_begin + m * p.lists.block_q;
@@ -273,8 +274,8 @@ struct QueryMeans {
         float* out = static_cast<float*>(p.scores) + ((b * p.heads_q + h) * p.q_blocks + list_row) * p.key_blocks;
         BlockRows block{row_of<dtype>(p.query, b, h, query), p.query.row * bytes, block_rows};
         float* mean = means + ((m - first) * group + g) * dim;
-        if (range.whole == range.end) sum_block<dtype>(block, dim, mean, nullptr);
-        for (int64_t n = range.whole; n < range.end; ++n) {
+        if (range.whole == range.end && scored) sum_block<dtype>(block, dim, mean, nullptr);
+        for (int64_t n = range.whole; n < range.end && scored; ++n) {
           int64_t key = sequence.k_begin + n * p.lists.block_k;
           DiagonalBlock diagonal;
           diagonal.keys = {row_of<dtype>(p.key, b, kv_head, key), p.key.row * bytes,
@@ -284,14 +285,14 @@ struct QueryMeans {
           out[n] = p.scale * products / float(pairs(diagonal, block_rows));
         }
         const float share = p.scale / float(block_rows);
-        for (int64_t d = 0; d < dim; ++d) mean[d] *= share;
-        for (int64_t n = range.end; n < p.key_blocks; ++n) out[n] = -__builtin_inff();
+        for (int64_t d = 0; d < dim && scored; ++d) mean[d] *= share;
+        for (int64_t n = range.end; n < p.key_blocks && scored; ++n) out[n] = -__builtin_inff();
         if (!p.q_similarity) continue;
         static_cast<float*>(p.q_similarity)[(b * p.heads_q + h) * p.q_blocks + list_row] =
             block_similarity<dtype>(block, dim, sums);
       }
     }
-    multiply(b, kv_head, sequence, s, first, rows, key_blocks);
+    if (scored) multiply(b, kv_head, sequence, s, first, rows, key_blocks);
   }
 
  private:
@@ -380,7 +381,8 @@ static Status block_means(const BlockScores& p, const ParallelFor& parallel) {
   // Rows past the last sequence, and key blocks numbered past it.
   for (int64_t head = 0; head < p.batch * p.heads_q; ++head) {
     float* scores = static_cast<float*>(p.scores) + head * p.q_blocks * p.key_blocks;
-    for (int64_t at = rows * p.key_blocks; at < p.q_blocks * p.key_blocks; ++at) scores[at] = -__builtin_inff();
+    const int64_t end = p.reduce == BlockReduce::mean ? p.q_blocks * p.key_blocks : 0;
+    for (int64_t at = rows * p.key_blocks; at < end; ++at) scores[at] = -__builtin_inff();
     for (int64_t m = rows; p.q_similarity && m < p.q_blocks; ++m) {
       static_cast<float*>(p.q_similarity)[head * p.q_blocks + m] = 0;
     }

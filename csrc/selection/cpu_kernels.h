@@ -4,6 +4,7 @@
 // else 16-bit keys are widened segment by segment. Scores of bf16 are then exact but for fp32 rounding of the sum.
 #pragma once
 
+#include "selection/cpu_antidiagonals.h"
 #include "selection/cpu_block_folds.h"
 #include "selection/cpu_block_means.h"
 #include "selection/cpu_choices.h"
@@ -25,11 +26,12 @@ using Bf16 = FloatProduct;
                            : function<Bf16, DType::bf16>(p, parallel))
 
 static Status run_block_scores(const BlockScores& p, const ParallelFor& parallel) {
-  if (p.reduce == BlockReduce::antidiagonal) return reference_block_scores(p, parallel);
-  if (p.reduce == BlockReduce::max) {
-    if (p.q_similarity) return reference_block_scores(p, parallel);
-    return SPARSEKIT_BY_DTYPE(block_max);
+  if (p.reduce != BlockReduce::mean) {
+    Status status =
+        p.reduce == BlockReduce::max ? SPARSEKIT_BY_DTYPE(block_max) : SPARSEKIT_BY_DTYPE(block_antidiagonals);
+    if (!status.ok() || !p.q_similarity) return status;
   }
+  // Means and similarities in one pass; the scores only where they are the means.
   return p.dtype == DType::f32   ? block_means<DType::f32>(p, parallel)
          : p.dtype == DType::f16 ? block_means<DType::f16>(p, parallel)
                                  : block_means<DType::bf16>(p, parallel);

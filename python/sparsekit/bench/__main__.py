@@ -9,6 +9,7 @@ FAMILIES = {  # a module of this package each
     "stripes": "stripe-sparse attention on random columns, beside blocks of the same density",
     "matmul": "products with random block-sparse weights",
     "tokens": "gather, scatter, matching and merging of tokens",
+    "selection": "scores, choices and lists beside torch's operators composed",
 }
 
 
