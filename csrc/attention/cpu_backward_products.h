@@ -27,13 +27,28 @@ SPARSEKIT_INLINE int panel_width(int first, int vectors) {
   return (left + panels - 1) / panels;
 }
 
-/// Memory to bring into L2 while products run, a few lines per register tile.
+/// Memory to bring into L2 while products run, a few lines per register tile: from `at` to `end`, then rows of a
+/// tensor.
 struct Ahead {
   const char *at = nullptr, *end = nullptr;
   int lines = 0;
+  const char* first_row = nullptr;
+  int64_t row_stride = 0, row_bytes = 0;
+  const int32_t* rows = nullptr;  // `left` of them
+  int left = 0;
 
   SPARSEKIT_INLINE void step(Ahead* a) {
-    for (int i = 0; i < a->lines && a->at < a->end; ++i, a->at += 64) Simd::prefetch(a->at);
+    for (int i = 0; i < a->lines; ++i, a->at += 64) {
+      if (a->at >= a->end && !next_row(a)) return;
+      Simd::prefetch(a->at);
+    }
+  }
+  static bool next_row(Ahead* a) {
+    if (a->left == 0) return false;
+    --a->left;
+    a->at = a->first_row + *a->rows++ * a->row_stride;
+    a->end = a->at + a->row_bytes;
+    return true;
   }
 };
 

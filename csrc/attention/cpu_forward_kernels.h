@@ -77,6 +77,7 @@ struct LoadedSegment {
   KeySegment keys;
   const char* key = nullptr;  // first row of Product::Element, `key_stride` bytes apart
   int64_t key_stride = 0;
+  const int32_t* rows = nullptr;  // of each key, counted from `key`; null: one after the other
   const void* values = nullptr;  // [value_dim / 16][padded / pair][16] Product::Element
   const float* bias = nullptr;   // [padded] times log2 e, or null
 };
@@ -95,7 +96,8 @@ SPARSEKIT_INLINE void multiply_key_tile(const LoadedSegment& segment, int n, con
 #pragma GCC unroll 8
   for (int i = 0; i < keys; ++i) {
     int at = n + i < segment.keys.count ? n + i : segment.keys.count - 1;
-    row[i] = reinterpret_cast<const Element*>(segment.key + at * segment.key_stride);
+    const int64_t place = segment.rows ? segment.rows[at] : at;
+    row[i] = reinterpret_cast<const Element*>(segment.key + place * segment.key_stride);
   }
   for (int first = 0; first < steps; first += score_chain) {
     const int last = int(smaller(first + score_chain, steps));

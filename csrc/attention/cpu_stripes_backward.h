@@ -199,7 +199,8 @@ class StripeBackward {
     for (int i = 0; i < w.plan.count(); ++i) {
       const StripeSegment& s = w.plan[i];
       __atomic_store_n(&progress[number], s.first, __ATOMIC_RELEASE);
-      if (!run_segment(w, s, b, kv_head, first_query_head, piece.count)) continue;
+      const StripeSegment* next = i + 1 < w.plan.count() ? &w.plan[i + 1] : nullptr;
+      if (!run_segment(w, s, next, round_head, b, kv_head, first_query_head, piece.count)) continue;
       wait_for(progress, number, s.last, &finished);
       add_sums(w, s, round_head, b * p_.heads_q + first_query_head);
     }
@@ -250,12 +251,22 @@ class StripeBackward {
   }
 
   /// dQ of all tiles, and dK and dV of the segment's keys in the worker's memory; false if no query sees a key.
-  bool run_segment(const Worker& w, const StripeSegment& s, int64_t b, int64_t kv_head, int64_t first_head,
-                   int64_t rows) const {
+  bool run_segment(const Worker& w, const StripeSegment& s, const StripeSegment* next, int64_t round_head, int64_t b,
+                   int64_t kv_head, int64_t first_head, int64_t rows) const {
     load_keys(w, s, b, kv_head);
     const int keys = s.keys.padded;
     bool add = false;  // dK and dV are begun
-    Ahead nothing;
+    // The sums that this segment adds to arrive while its scores are computed, the next segment's rows during the other
+    // products.
+    Ahead sums = rows_ahead(s, reinterpret_cast<const char*>(sums_at(round_head, 0)),
+                            (query_dim_ + value_dim_) * int64_t(sizeof(float)), 24);
+    Ahead next_keys, next_values;
+    if (next) {
+      next_keys = rows_ahead(*next, row_of<dtype>(p_.key, b, kv_head, 0), p_.key.row * element_size, 16);
+      next_values = rows_ahead(*next, row_of<dtype>(p_.value, b, kv_head, 0), p_.value.row * element_size, 16);
+      next_keys.row_bytes = p_.head_dim * element_size;
+      next_values.row_bytes = p_.value_dim * element_size;
+    }
     for (int64_t h = 0; h < heads_; ++h) {
       if (h == 0 || p_.key_bias_head != 0) load_bias(w, s, b, first_head + h);
       if (p_.grad_key_bias) memset(w.grad_bias + h * segment_keys * lanes, 0, segment_keys * lanes * sizeof(float));
@@ -270,19 +281,30 @@ class StripeBackward {
         scores.keys = keys;
         scores.bias = w.bias;
         scores.grad_bias = p_.grad_key_bias ? w.grad_bias + h * segment_keys * lanes : nullptr;
-        scores.ahead = &nothing;
+        scores.ahead = &sums;
         auto see = [&](int panel) { return see_stripe(p_, tile.masks[panel], s, w.mask); };
         if (!score_panels(scores, count, *w.mask, see)) continue;
         product<Product>({scores.probability, scores.row_stride, 1}, keys, tile.grad_rows, steps, shape_.value_vectors,
-                         w.grad_value, value_dim_, add, &nothing);
+                         w.grad_value, value_dim_, add, &next_keys);
         product<Product>({scores.grad_score, scores.row_stride, 1}, keys, tile.query_rows, steps, shape_.query_vectors,
-                         w.grad_key, query_dim_, add, &nothing);
+                         w.grad_key, query_dim_, add, &next_values);
         product<Product>({scores.grad_score_pairs, 1, scores.pair_stride}, padded, w.key_steps, keys / pair,
-                         shape_.query_vectors, tile.grad_query, query_dim_, true, &nothing);
+                         shape_.query_vectors, tile.grad_query, query_dim_, true, &next_values);
         add = true;
       }
     }
     return add;
+  }
+
+  /// A segment's rows of what begins at `data`, `stride` bytes apart.
+  static Ahead rows_ahead(const StripeSegment& s, const char* data, int64_t stride, int lines) {
+    Ahead ahead;
+    ahead.lines = lines;
+    ahead.first_row = data;
+    ahead.row_stride = ahead.row_bytes = stride;
+    ahead.rows = s.rows;
+    ahead.left = s.rows ? s.keys.count : 0;  // the others stand together: the hardware sees it
+    return ahead;
   }
 
   /// Rows of a tensor where they stand, or gathered to `to`.

@@ -21,6 +21,7 @@ namespace stripes {
 constexpr int item_queries = 256;
 constexpr int item_lanes = 2 * item_queries;                 // tiles are more than half full, or the last of a head
 constexpr int most_tiles = 3 * (item_queries / tile_lanes);  // likewise
+constexpr int64_t near_rows = 1024;                          // bytes
 constexpr int batch_segments = segment_keys / 16;
 
 /// Rows first ... first + count of heads head ... head + heads, which share their keys and their lists.
@@ -179,8 +180,10 @@ class Worker {
     Element* values = at<Element>(values_) + used / Product::pair * value_dim_;
     Pack::values(p_, b, now_->kv_head, from, values);
     s.values = values;
-    if (!from.rows && Pack::keys_in_place(p_)) {
-      s.key = row_of<dtype>(p_.key, b, now_->kv_head, from.keys.key);
+    s.rows = nullptr;
+    if (Pack::keys_in_place(p_) && (!from.rows || p_.key.row * size_of(dtype) <= near_rows)) {
+      s.key = row_of<dtype>(p_.key, b, now_->kv_head, from.rows ? 0 : from.keys.key);
+      s.rows = from.rows;
       s.key_stride = p_.key.row * size_of(dtype);
     } else {
       Element* keys = at<Element>(keys_) + used * steps_;
