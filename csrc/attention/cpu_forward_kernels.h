@@ -78,8 +78,8 @@ struct LoadedSegment {
   const char* key = nullptr;  // first row of Product::Element, `key_stride` bytes apart
   int64_t key_stride = 0;
   const int32_t* rows = nullptr;  // of each key, counted from `key`; null: one after the other
-  const void* values = nullptr;  // [value_dim / 16][padded / pair][16] Product::Element
-  const float* bias = nullptr;   // [padded] times log2 e, or null
+  const void* values = nullptr;   // [value_dim / 16][padded / pair][16] Product::Element
+  const float* bias = nullptr;    // [padded] times log2 e, or null
 };
 
 /// Rows of keys in a tile of scores: not 16, whose row pointers would not fit the registers.
