@@ -51,6 +51,14 @@ def test_blocks_and_head_dims(backend: Backend, block, dims, seed):
     check_forward(backend, make_problem(case, backend, seed))
 
 
+def test_larger_shares_of_very_many_keys(backend: Backend, seed):
+    """Beyond half a million keys of all heads, shares grow."""
+    case = LONG.with_(
+        heads_q=8, heads_kv=8, len_q=2, len_k=150_000, head_dim=8, block_size=(16, 4096), density=0.9, dtype=torch.bfloat16
+    )  # fmt: skip
+    check_forward(backend, make_problem(case, backend, seed))
+
+
 @pytest.mark.parametrize("feature", ["plain", "everything"])
 def test_packed_batches_mix_few_and_many(backend: Backend, feature, seed):
     """Of one packed batch, sequences with few queries go their own way and the others theirs."""

@@ -19,7 +19,8 @@ namespace sparsekit {
 namespace {
 namespace few {
 
-constexpr int most_tiles = 4;  // 64 rows; where a group of heads has more, its keys are read more than once
+constexpr int64_t most_shares = 512;  // about, of a call
+constexpr int most_tiles = 4;         // 64 rows; where a group of heads has more, its keys are read more than once
 
 struct Item {
   int64_t batch, head, sequence, first_share;
@@ -48,13 +49,15 @@ static int64_t part_stride(const AttentionProblem& p) { return output_stride(p) 
 
 /// Units of work of one list row: list slots, and inside those the segments of large blocks.
 struct Units {
-  int64_t slots, parts, per_share;
+  int64_t slots, parts, at_once, per_share;  // at_once: units that are gathered together, up to `share_keys` keys
 
   Units(const AttentionProblem& p, const Sequence& sequence, int64_t b, int64_t h) {
     const int64_t row = sequence.list_row < 0 ? 0 : list_row(p, b, h, sequence.list_row);
     slots = sequence.list_row < 0 ? 0 : list_count(p.lists.partial, row) + list_count(p.lists.full, row);
     parts = ceil_div(p.lists.block_k, segment_keys);
-    per_share = larger(1, share_keys / smaller(p.lists.block_k, segment_keys));
+    at_once = larger(1, share_keys / smaller(p.lists.block_k, segment_keys));
+    // Larger shares where there would be far more than threads: each leaves its outputs in memory.
+    per_share = at_once * larger(1, p.batch * p.heads_kv * p.len_k / (share_keys * most_shares));
   }
   int64_t count() const { return slots * parts; }
   int32_t shares() const { return int32_t(larger(1, ceil_div(count(), per_share))); }
@@ -83,11 +86,22 @@ class Worker {
 
   void run(int64_t number) {
     const Share& share = call_.shares[number];
-    if (number == 0 || share.item != item_number_) set_item(share.item);
+    if (share.item != item_number_) set_item(share.item);
     reset();
-    gather(share.number);
+    const Units units(p_, *sequence_, item_->batch, item_->head);
+    const int64_t first = share.number * units.per_share, last = smaller(first + units.per_share, units.count());
+    for (int64_t unit = first; unit < last; unit += units.at_once) {
+      gather(unit, smaller(unit + units.at_once, last), units.parts);
+      attend();
+    }
+    store_part(number);
+    if (__atomic_add_fetch(&call_.finished[share.item], 1, __ATOMIC_ACQ_REL) == item_->shares) merge();
+  }
+
+ private:
+  /// The gathered keys: the scores of a chunk while the values of the chunk before it are summed.
+  void attend() {
     if (p_.key_bias) load_bias();
-    // The scores of a chunk while the values of the chunk before it are summed.
     for (int first = 0, half = 0; first < keys_.count + chunk_keys; first += chunk_keys, half ^= 1) {
       for (int n = first; n < first + chunk_keys; n += step_keys) {
         for (int t = 0; t < tile_count_; ++t) {
@@ -97,11 +111,8 @@ class Worker {
       }
       for (int t = 0; t < tile_count_ && first < keys_.count; ++t) weigh(t, half, first);
     }
-    store_part(number);
-    if (__atomic_add_fetch(&call_.finished[share.item], 1, __ATOMIC_ACQ_REL) == item_->shares) merge();
   }
 
- private:
   static constexpr int tile_rows = most_rows < 8 ? 8 : most_rows;  // with room for rows that are computed and dropped
 
   template <class T>
@@ -152,23 +163,21 @@ class Worker {
     }
   }
 
-  /// The keys of a share. Blocks that position hides from every row are not read.
-  void gather(int32_t number) {
+  /// The keys of some units. Blocks that position hides from every row are not read.
+  void gather(int64_t first, int64_t last, int64_t parts) {
     keys_.count = keys_.run_count = 0;
-    const Units units(p_, *sequence_, item_->batch, item_->head);
-    const int64_t row = list_row(p_, item_->batch, item_->head, larger(sequence_->list_row, 0));
+    const int64_t row = list_row(p_, item_->batch, item_->head, sequence_->list_row);
     const int64_t blocks = ceil_div(sequence_->len_k(), p_.lists.block_k);
     const int32_t partial = list_count(p_.lists.partial, row);
-    const int64_t first = number * units.per_share, last = smaller(first + units.per_share, units.count());
     for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t slot = unit / units.parts;
+      const int64_t slot = unit / parts;
       const bool masked = slot < partial;
       const BlockList& list = masked ? p_.lists.partial : p_.lists.full;
       const int64_t place = row * list.capacity + (masked ? slot : slot - partial);
       const int32_t block = list.indices[place];
       if (block < 0 || block >= blocks) continue;
       Keys::Run& run = keys_.runs[keys_.run_count];
-      run.keys = key_segment(p_, *sequence_, item_->batch, block, int(unit % units.parts));
+      run.keys = key_segment(p_, *sequence_, item_->batch, block, int(unit % parts));
       if (run.keys.count <= 0 || (masked && hidden(run.keys))) continue;
       run.first = keys_.count;
       run.masked = masked;
