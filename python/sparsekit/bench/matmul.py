@@ -144,7 +144,9 @@ class Problem:
         if self.direction == "dvalues":
             picked = torch.randperm(self.matrix.nnz)[:50]
             R, C = self.matrix.block_size
-            blocks = zip(self.matrix.block_rows()[picked].tolist(), self.matrix.col_indices[picked].tolist(), strict=True)
+            blocks = zip(
+                self.matrix.block_rows()[picked].tolist(), self.matrix.col_indices[picked].tolist(), strict=True
+            )
             want = torch.stack(
                 [self.y[:, i * R : i * R + R].double().t() @ self.x[:, j * C : j * C + C].double() for i, j in blocks]
             )
