@@ -22,7 +22,8 @@ namespace sparsekit {
 namespace {
 
 constexpr int64_t group_steps = 128;  // of 48 lanes: 24 KB
-constexpr int64_t item_rows = 64;
+constexpr int64_t item_rows = 64, low_item_rows = 256;
+constexpr int64_t chunk_bytes = 32 << 10;       // of slabs that stay in L1
 constexpr int64_t most_slab_bytes = 512 << 10;  // of a panel that stays in L2 beside the weights that pass by
 
 /// Items that are left of a thread's share; a thread that is done with its own takes from the others'.
@@ -34,7 +35,9 @@ template <class Product>
 struct ProductCall {
   using Element = typename Product::Element;
   const BlockSparseProduct* p = nullptr;
-  int64_t out_features = 0, in_features = 0;
+  int64_t out_features = 0, in_features = 0, in_blocks = 0;
+  bool chunked = false;  // an item goes through all its rows by chunks of `chunk` blocks along the inner dimension
+  int64_t chunk = 0;
   int64_t out_block = 0, in_block = 0, out_blocks = 0;  // rows of a tile and inner size of a block, as walked
   IndexArray offsets;                                   // of the entries of an output block
   const int32_t* slabs = nullptr;    // block numbers along the inner dimension, in the order they are walked
@@ -80,9 +83,33 @@ static int panel_registers(int64_t rows, int64_t tokens) {
   return int(smaller(most, usable_registers((tokens + Simd::lanes - 1) / Simd::lanes)));
 }
 
+/// The blocks `n` to `n + blocks.count` of an output block: added to its sums.
+template <class Product, bool down>
+static void multiply_group(const ProductCall<Product>& call, Blocks<Product>& blocks, int64_t block, int64_t n,
+                           int registers, float* out, typename Product::Element* stage) {
+  const BlockSparseProduct& p = *call.p;
+  const int64_t rows = smaller(call.out_block, call.out_features - block * call.out_block);
+  blocks.slab = call.slabs + n;
+  blocks.ahead = blocks.count;
+  blocks.exist = call.chunked ? 0 : p.pattern.nnz - n;
+  if (call.staged) {
+    for (int64_t i = 0; i < blocks.count; ++i)
+      stage_block<Product, down>(call, call.entries ? call.entries[n + i] : n + i, call.slabs[n + i],
+                                 stage + i * blocks.block_size);
+    blocks.weights = stage;
+  } else {
+    blocks.entries = call.entries ? call.entries + n : nullptr;
+    blocks.weights =
+        static_cast<const typename Product::Element*>(p.values) + (call.entries ? 0 : n * blocks.block_size);
+    blocks.next_weights = blocks.weights;
+    blocks.next_entries = blocks.entries;
+  }
+  multiply_blocks<Product, down>(blocks, registers, rows, out, call.width, n > call.offsets[block]);
+}
+
 template <class Product, bool down>
 static void multiply_item(ProductCall<Product>& call, int64_t item, const typename Product::Element* packed,
-                          float* sums, typename Product::Element* stage) {
+                          float* sums, int64_t* cursors, typename Product::Element* stage) {
   const BlockSparseProduct& p = *call.p;
   const int64_t panel = item / call.items_per_panel;
   const int64_t tokens = smaller(call.width, p.tokens - panel * call.width);
@@ -98,31 +125,29 @@ static void multiply_item(ProductCall<Product>& call, int64_t item, const typena
   blocks.depth = call.depth;
   blocks.prefetch_slabs = call.steps * call.width * 4 > most_slab_bytes;
   for (int64_t block = first_block; block < last_block; ++block) {
-    float* out = sums + (block - first_block) * call.out_block * call.width;
-    const int64_t rows = smaller(call.out_block, call.out_features - block * call.out_block);
-    const int64_t first = call.offsets[block], last = call.offsets[block + 1];
-    if (first == last) memset(out, 0, size_t(rows * call.width) * sizeof(float));
-    for (int64_t n = first; n < last; n += call.group) {
-      blocks.count = smaller(call.group, last - n);
-      blocks.slab = call.slabs + n;
-      if (call.staged) {
-        for (int64_t i = 0; i < blocks.count; ++i)
-          stage_block<Product, down>(call, call.entries ? call.entries[n + i] : n + i, call.slabs[n + i],
-                                     stage + i * blocks.block_size);
-        blocks.weights = stage;
-      } else {
-        blocks.entries = call.entries ? call.entries + n : nullptr;
-        blocks.weights =
-            static_cast<const typename Product::Element*>(p.values) + (call.entries ? 0 : n * blocks.block_size);
+    cursors[block - first_block] = call.offsets[block];
+    if (call.offsets[block] == call.offsets[block + 1])
+      memset(sums + (block - first_block) * call.out_block * call.width, 0,
+             size_t(call.out_block * call.width) * sizeof(float));
+  }
+  for (int64_t chunk_end = call.chunk;; chunk_end += call.chunk) {
+    for (int64_t block = first_block; block < last_block; ++block) {
+      int64_t& n = cursors[block - first_block];
+      const int64_t last = call.offsets[block + 1];
+      while (n < last && (!call.chunked || call.slabs[n] < chunk_end)) {
+        blocks.count = 1;
+        const int64_t most = smaller(call.group, last - n);
+        if (call.chunked) {
+          while (blocks.count < most && call.slabs[n + blocks.count] < chunk_end) ++blocks.count;
+        } else {
+          blocks.count = most;
+        }
+        multiply_group<Product, down>(call, blocks, block, n, registers,
+                                      sums + (block - first_block) * call.out_block * call.width, stage);
+        n += blocks.count;
       }
-      blocks.ahead = blocks.count;
-      blocks.exist = p.pattern.nnz - n;
-      if (!call.staged) {
-        blocks.next_weights = blocks.weights;
-        blocks.next_entries = blocks.entries;
-      }
-      multiply_blocks<Product, down>(blocks, registers, rows, out, call.width, n > first);
     }
+    if (!call.chunked || chunk_end >= call.in_blocks) break;
   }
   Epilogue e;
   e.p = &p;
@@ -147,6 +172,7 @@ static void product_worker(int64_t first, int64_t last, void* context) {
   // Whole vectors are stored: the last may end behind the last block.
   const int64_t stage_at = scratch.reserve(call.staged ? call.group * call.out_block * call.in_block * 4 + 64 : 0);
   const int64_t packed_at = scratch.reserve(call.packing.to ? 0 : panel_size * 4);
+  const int64_t cursors_at = scratch.reserve(call.item_blocks * 8);
   if (!scratch.allocate()) {
     __atomic_store_n(&call.out_of_memory, 1, __ATOMIC_RELAXED);
     return;
@@ -166,6 +192,7 @@ static void product_worker(int64_t first, int64_t last, void* context) {
         }
         multiply_item<Product, down>(call, item, call.packing.to ? call.packing.to + panel * panel_size : own,
                                      reinterpret_cast<float*>(scratch.data + sums_at),
+                                     reinterpret_cast<int64_t*>(scratch.data + cursors_at),
                                      reinterpret_cast<Element*>(scratch.data + stage_at));
       }
     }
@@ -179,6 +206,14 @@ static const int32_t* narrow(const IndexArray& numbers, int64_t count, char* spa
   int32_t* to = reinterpret_cast<int32_t*>(spare);
   for (int64_t i = 0; i < count; ++i) to[i] = int32_t(numbers[i]);
   return to;
+}
+
+/// Whether the numbers of every row ascend.
+static bool ascending(const IndexArray& offsets, int64_t rows, const int32_t* numbers) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t n = offsets[i] + 1; n < offsets[i + 1]; ++n)
+      if (numbers[n] < numbers[n - 1]) return false;
+  return true;
 }
 
 template <class Product, bool down>
@@ -199,7 +234,10 @@ static Status run_product(const BlockSparseProduct& p, const ParallelFor& parall
   call.width = panel_registers(call.out_block, p.tokens) * Simd::lanes;
   call.panels = (p.tokens + call.width - 1) / call.width;
   call.group = larger(1, smaller(longest_chain<Product>, group_steps * 48 / call.width) / call.depth);
-  call.item_blocks = larger(1, item_rows / call.out_block);
+  call.in_blocks = (call.in_features + call.in_block - 1) / call.in_block;
+  // Blocks that one tile covers use a slab once: then rows share slabs only by going through them together.
+  const bool low = call.out_block <= tile_rows(call.width / Simd::lanes);
+  call.item_blocks = larger(1, (low ? low_item_rows : item_rows) / call.out_block);
   call.items_per_panel = (call.out_blocks + call.item_blocks - 1) / call.item_blocks;
   call.items = call.panels * call.items_per_panel;
 
@@ -221,6 +259,8 @@ static Status run_product(const BlockSparseProduct& p, const ParallelFor& parall
   for (int64_t i = 0; i < call.threads; ++i)
     call.ranges[i] = {i * call.items / call.threads, (i + 1) * call.items / call.threads};
   call.slabs = narrow(numbers, w.nnz, scratch.data + slabs_at);
+  call.chunk = larger(1, chunk_bytes / (call.depth * call.width * 4));
+  call.chunked = low && call.chunk < call.in_blocks && ascending(call.offsets, call.out_blocks, call.slabs);
   if (down) call.entries = narrow(p.transpose.entry, w.nnz, scratch.data + entries_at);
 
   PackCall<Product>& packing = call.packing;
