@@ -68,7 +68,9 @@ def main() -> None:
     model.set_attn_implementation("sparsekit_cache")
     ids = prompt(tokenizer, options.tokens).to(options.device)
     console = Console(width=100)
-    table = Table(title=f"{options.tokens} tokens, groups of {options.group_size}, window {options.window}; {machine(options.device)}")
+    table = Table(
+        title=f"{options.tokens} tokens, groups of {options.group_size}, window {options.window}; {machine(options.device)}"
+    )
     for column in ("bits", "keys per", "rotated", "perplexity", "against full", "cache MiB", "s"):
         table.add_column(column, justify="right")
     results = []
@@ -80,7 +82,9 @@ def main() -> None:
         row["seconds"], row["mebibytes"] = time.perf_counter() - begin, cache.nbytes / 2**20
         if not results:  # the window alone: what bfloat16 or float32 keys and values of these tokens take
             first = cache.layers[0].cache
-            row["mebibytes"] = len(cache.layers) * 2 * first.num_heads * first.head_dim * options.tokens * dtype.itemsize / 2**20
+            row["mebibytes"] = (
+                len(cache.layers) * 2 * first.num_heads * first.head_dim * options.tokens * dtype.itemsize / 2**20
+            )
         results.append(row)
         change = row["perplexity"] / results[0]["perplexity"] - 1
         table.add_row(

@@ -150,7 +150,9 @@ def test_refusals(models):
     ids = torch.randint(0, 97, (1, 9))
     with pytest.raises(ValueError, match="found attn_implementation='sdpa'"):
         dense(ids, past_key_values=SparseKitCache(dense.config, bits=4))
-    config = transformers.Qwen2Config(num_hidden_layers=2, use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    config = transformers.Qwen2Config(
+        num_hidden_layers=2, use_sliding_window=True, sliding_window=8, max_window_layers=0
+    )
     with pytest.raises(NotImplementedError, match="sliding_attention"):
         SparseKitCache(config)
     with pytest.raises(NotImplementedError, match="offloading"):

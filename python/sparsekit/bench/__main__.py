@@ -4,7 +4,10 @@ import argparse
 import importlib
 import sys
 
-FAMILIES = {"attention": "block-sparse attention on random lists per head"}  # a module of this package each
+FAMILIES = {  # a module of this package each
+    "attention": "block-sparse attention on random lists per head",
+    "kv_cache": "decode attention over quantized caches",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -177,9 +177,7 @@ def _attention(
             hidden = hidden.masked_fill(place > last[:, None], -torch.inf)
             hidden = hidden if bias is None else hidden + bias
         outs.append(
-            sparsekit.decode_attention(
-                part, layer.cache, scale=scaling, softcap=softcap, sinks=s_aux, key_bias=hidden
-            )
+            sparsekit.decode_attention(part, layer.cache, scale=scaling, softcap=softcap, sinks=s_aux, key_bias=hidden)
         )
     out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
     return out.transpose(1, 2).contiguous(), None
