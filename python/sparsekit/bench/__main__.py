@@ -10,6 +10,7 @@ FAMILIES = {  # a module of this package each
     "matmul": "products with random block-sparse weights",
     "tokens": "gather, scatter, matching and merging of tokens",
     "selection": "scores, choices and lists beside torch's operators composed",
+    "kv_cache": "decode attention over quantized caches",
 }
 
 

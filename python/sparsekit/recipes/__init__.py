@@ -9,7 +9,8 @@ A recipe is a frozen dataclass; its parameters have the paper's names, and what 
 docstring. It changes the output: what it costs on a real model is in docs/recipes.md. In a Hugging Face model:
 `sparsekit.integrations.transformers.register(recipe)`.
 
-Recipes for tokens and caches are modules of functions: `recipes.tome` (Token Merging).
+Recipes for tokens and caches are modules of functions: `recipes.tome` (Token Merging), `recipes.kivi`, `recipes.gear`,
+`recipes.zipcache` (quantized caches).
 """
 
 from .anchor_attention import AnchorAttention
