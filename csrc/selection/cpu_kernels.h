@@ -6,7 +6,7 @@
 
 #include "selection/cpu_antidiagonals.h"
 #include "selection/cpu_block_folds.h"
-#include "selection/cpu_block_means.h"
+#include "selection/cpu_block_means_backward.h"
 #include "selection/cpu_choices.h"
 #include "selection/cpu_key_folds.h"
 #include "selection/implementations.h"
@@ -35,6 +35,14 @@ static Status run_block_scores(const BlockScores& p, const ParallelFor& parallel
   return p.dtype == DType::f32   ? block_means<DType::f32>(p, parallel)
          : p.dtype == DType::f16 ? block_means<DType::f16>(p, parallel)
                                  : block_means<DType::bf16>(p, parallel);
+}
+
+/// Trained gates pool by the mean (SeerAttention); for the others the reference is there.
+static Status run_block_scores_backward(const BlockScoresBackward& p, const ParallelFor& parallel) {
+  if (p.reduce != BlockReduce::mean) return reference_block_scores_backward(p, parallel);
+  return p.dtype == DType::f32   ? block_means_backward<DType::f32>(p, parallel)
+         : p.dtype == DType::f16 ? block_means_backward<DType::f16>(p, parallel)
+                                 : block_means_backward<DType::bf16>(p, parallel);
 }
 
 static Status run_row_scores(const RowScores& p, const ParallelFor& parallel) { return SPARSEKIT_BY_DTYPE(row_fold); }

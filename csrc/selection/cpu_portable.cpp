@@ -6,7 +6,8 @@
 
 namespace sparsekit {
 
-const CpuSelection selection_cpu_portable = {"portable",     run_block_scores, nullptr,   run_column_scores,
-                                             run_row_scores, run_block_map,    run_choice};
+const CpuSelection selection_cpu_portable = {"portable",        run_block_scores, run_block_scores_backward,
+                                             run_column_scores, run_row_scores,   run_block_map,
+                                             run_choice};
 
 }  // namespace sparsekit

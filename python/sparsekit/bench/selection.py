@@ -99,13 +99,13 @@ def block_scores(tokens: int, reduce: str):
             out = []
             for h in range(32):  # a head at a time: all at once need 32 x Sq x Sk
                 if reduce == "max":
-                    scores = _causal(query[0, h] @ key[0, h // 4].T)
+                    scores = _causal(query[0, h] @ key[0, h // 4].T * 128**-0.5)
                     out.append(scores.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).amax((1, 3)))
                 else:
                     q = query[0, h].unflatten(0, (-1, 16)).flip(1).flatten(1)
                     k = key[0, h // 4].unflatten(0, (-1, 16)).flatten(1)
                     share = _causal((q @ k.T).float() * (128**-0.5 / 16)).softmax(-1)
-                    out.append(share.unflatten(1, (-1, 8)).unflatten(0, (-1, 8)).sum((1, 3)).log())
+                    out.append(share.unflatten(1, (-1, 8)).unflatten(0, (-1, 8)).sum((1, 3)).div(8).log())
             return torch.stack(out)
 
         def ours():
@@ -178,7 +178,7 @@ def lists_from_bool(blocks: int, capacity: int, transpose: bool):
         if not transpose:
 
             def by_torch():
-                order = block_map.to(torch.int8).argsort(-1, descending=True, stable=True)[..., :capacity]
+                order = block_map.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :capacity]
                 return block_map.sum(-1, dtype=torch.int32), order.int()
 
             return Case(lambda: selection.block_lists_from_bool(block_map, capacity), by_torch, _size(block_map))
