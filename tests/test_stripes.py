@@ -3,6 +3,7 @@ reference; and what docs/stripes.md says of edge cases."""
 
 import dataclasses
 import functools
+import json
 import math
 import re
 
@@ -17,7 +18,8 @@ from backends import Backend
 from numerics import SEARCHED, Problem, check_backward, check_forward, visible
 from problems import problems
 from sparsekit import reference
-from sparsekit.bench.stripe_cases import StripeCase, make_stripe_inputs
+from sparsekit.bench import __main__ as command
+from sparsekit.bench.stripe_cases import StripeCase, make_stripe_inputs, stripe_pairs
 from test_semantics_calls import assert_same_bits, run
 
 OPS = torch.ops.sparsekit
@@ -625,3 +627,25 @@ def test_double_backward_is_refused(seed):
 def test_info_shows_the_plan():
     plan = sparsekit.info(head_dim=64, group_size=100)["attention"]
     assert "stripes of 100 rows" in plan["problem"] and plan["reference"] == "runs"
+
+
+# ---- the benchmark
+
+
+@pytest.mark.parametrize("lists", ["q", "kv", "shared"])
+@pytest.mark.parametrize("feature", ["columns", "band", "local"])
+def test_bench_counts_pairs(feature, lists, seed):
+    inputs = make_problem(TORCH.with_(sink=0, local=0, lists=lists).with_(**FEATURES[feature]), None, seed).inputs
+    assert stripe_pairs(inputs) == int(stripes_visible(inputs).sum())
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_bench_command(tmp_path, backward):
+    report = tmp_path / "out.json"
+    arguments = ["stripes", "--cases", "d128-10,d128-gqa-10", "--length", "300", "--seconds", "0.01", "--dense"]
+    assert command.main([*arguments, "--json", str(report)] + ["--backward"] * backward) == 0
+    cases = json.loads(report.read_text())["cases"]
+    assert [case["case"] for case in cases] == ["d128-10", "d128-gqa-10"]
+    for case in cases:
+        assert [row["name"] for row in case["results"]] == ["stripes", "blocks", "dense"]
+        assert case["density"] == pytest.approx(0.1, abs=0.01)

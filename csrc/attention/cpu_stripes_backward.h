@@ -53,7 +53,6 @@ class StripeBackward {
 
   Status run_rounds() {
     if (p_.batch * p_.heads_q == 0) return {};
-    if (p_.len_q == 0) piece_count_ = 0;
     sequence_.q_end = p_.len_q;
     sequence_.k_end = p_.len_k;
     const int64_t group = p_.heads_q / p_.heads_kv;
