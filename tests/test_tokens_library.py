@@ -20,8 +20,11 @@ def doubles(*shape):
 # ---- gradients
 
 
+REDUCES = ["copy", "add", "mean"]  # in the order of the op's numbers
+
+
 @pytest.mark.parametrize("places", [None, 2])
-@pytest.mark.parametrize("reduce", ["copy", "add", "mean"])
+@pytest.mark.parametrize("reduce", REDUCES)
 @pytest.mark.parametrize("based", [False, True])
 def test_gradcheck_scatter(reduce, places, based):
     index = random_index(*((2, 6) if places is None else (2, 6, places)), tokens=4)
@@ -32,7 +35,7 @@ def test_gradcheck_scatter(reduce, places, based):
         weights = (torch.rand(index.shape, dtype=torch.float64) + 0.3).requires_grad_()
 
     def call(src, heads, weights, *base):
-        outs, totals = OPS.scatter_tokens([src, heads], weights, list(base), index, [1, 2], 4, reduce)
+        outs, totals = OPS.scatter_tokens([src, heads], weights, list(base), index, [1, 2], 4, REDUCES.index(reduce))
         return (*outs, totals) if weights is not None else tuple(outs)
 
     assert torch.autograd.gradcheck(call, (src, heads, weights, *base))
@@ -94,7 +97,7 @@ def test_backward_kernels(cpu_backend, dtype, reduce, places):
             src, index = random(2, 20, inner, dtype=dtype), random_index(*shape, tokens=9)
             weights = torch.rand(shape) + 0.1
             leaves = src.clone().requires_grad_(), weights.clone().requires_grad_()
-            outs, totals = OPS.scatter_tokens([leaves[0]], leaves[1], [], index, [1], 9, reduce)
+            outs, totals = OPS.scatter_tokens([leaves[0]], leaves[1], [], index, [1], 9, REDUCES.index(reduce))
             grad, grad_totals = random(2, 9, inner, dtype=dtype), torch.randn(2, 9)
             got = torch.autograd.grad([*outs, totals], leaves, [grad, grad_totals])
 
@@ -157,12 +160,12 @@ def op_calls():
     yield OPS.gather_tokens, ([x.requires_grad_(), torch.arange(12).view(2, 6)], index, [1, 1])
     yield OPS.gather_tokens, ([x.detach().view(12, 4)], index, [1], cu)
     yield OPS.gather_tokens, ([x.detach()], index, [1], None, cu_out, 5)
-    yield OPS.scatter_tokens, ([x], None, [torch.randn(2, 3, 4, requires_grad=True)], to, [1], 3, "copy")
-    yield OPS.scatter_tokens, ([x], weights.requires_grad_(), [], to, [1], 3, "mean")
-    yield OPS.scatter_tokens, ([x.detach()], weights.detach()[..., None], [], to[..., None], [1], 3, "add")
-    yield OPS.scatter_tokens, ([x.detach().view(12, 4)], None, [], to.clamp(max=0), [1], 5, "copy", cu, cu_out)
-    outs, totals = OPS.scatter_tokens([x.detach()], weights.detach(), [], to, [1], 3, "mean")
-    backward = ([torch.randn(2, 3, 4)], totals, [x.detach()], weights.detach(), outs, totals, to, [1], 6, "mean")
+    yield OPS.scatter_tokens, ([x], None, [torch.randn(2, 3, 4, requires_grad=True)], to, [1], 3, 0)
+    yield OPS.scatter_tokens, ([x], weights.requires_grad_(), [], to, [1], 3, 2)
+    yield OPS.scatter_tokens, ([x.detach()], weights.detach()[..., None], [], to[..., None], [1], 3, 1)
+    yield OPS.scatter_tokens, ([x.detach().view(12, 4)], None, [], to.clamp(max=0), [1], 5, 0, cu, cu_out)
+    outs, totals = OPS.scatter_tokens([x.detach()], weights.detach(), [], to, [1], 3, 2)
+    backward = ([torch.randn(2, 3, 4)], totals, [x.detach()], weights.detach(), outs, totals, to, [1], 6, 2)
     yield OPS.scatter_tokens_backward, (*backward, None, None, True)
     yield OPS.bipartite_match, (x.detach(), 2)
     yield OPS.bipartite_match, (x.detach(), 9, None, 1)
@@ -170,7 +173,7 @@ def op_calls():
     cache = [torch.randn(2, 3, 6, 4), torch.randn(2, 3, 6, 2)]
     keep = torch.tensor([[0, 5], [2, 3]])
     yield OPS.compact_kv, (cache, keep, None, torch.tensor([6, 6]).int())
-    yield OPS.compact_kv, (cache, keep, torch.tensor([[0], [1]]).int(), None, "HND")
+    yield OPS.compact_kv, (cache, keep, torch.tensor([[0], [1]]).int(), None, False)
 
 
 @pytest.mark.parametrize("number", range(13))

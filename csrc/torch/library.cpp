@@ -27,8 +27,8 @@
 #define GRADIENTS "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_key_bias, Tensor grad_sinks)"
 
 // What every block score and every choice takes.
-#define BLOCK_SCORE_OPTIONS                                                                       \
-  "int[2] block_size, str reduce=\"mean\", bool causal=False, float? scale=None, int stride=16, " \
+#define BLOCK_SCORE_OPTIONS                                                                \
+  "int[2] block_size, int reduce=0, bool causal=False, float? scale=None, int stride=16, " \
   "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_k=0"
 #define CHOICE_OPTIONS \
   "SymInt width, SymInt min_count=0, SymInt sink=0, SymInt local=0, Tensor? row_limit=None, bool return_mass=False"
@@ -69,6 +69,8 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
         ", SymInt len_k, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
         "bool duplicates=True) -> ()");
 
+  // reduce: 0 mean, 1 max, 2 antidiagonal; of rows and of the pooled map 0 sum, 1 max; of tokens 0 copy, 1 add, 2 mean.
+  // (Numbers, as the stable ABI never frees a string.)
   // ---- selection: scores of blocks, columns and rows; the choice of the best; lists and orders built from it
   m.def("block_scores(Tensor query, Tensor key, " BLOCK_SCORE_OPTIONS
         ", bool self_similarity=False) -> (Tensor scores, Tensor q_similarity, Tensor k_similarity)");
@@ -78,12 +80,12 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
       "column_scores(Tensor probe_query, Tensor key, Tensor probe_positions, bool causal=True, float? scale=None, "
       "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None) -> (Tensor columns, Tensor diagonals)");
   m.def(
-      "row_scores(Tensor query, Tensor key, Tensor lse, Tensor? rows=None, str reduce=\"sum\", bool causal=False, "
+      "row_scores(Tensor query, Tensor key, Tensor lse, Tensor? rows=None, int reduce=0, bool causal=False, "
       "float? scale=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None) -> Tensor");
   m.def(
       "attention_block_map(Tensor query, Tensor key, Tensor lse, Tensor? kv_num_blocks, Tensor? kv_indices, "
       "Tensor? full_kv_num_blocks, Tensor? full_kv_indices, Tensor? partial_bits, Tensor? partial_bits_index, "
-      "int[2] block_size, str reduce=\"max\", float? scale=None, bool causal=False, int[2] window=[-1, -1], "
+      "int[2] block_size, int reduce=1, float? scale=None, bool causal=False, int[2] window=[-1, -1], "
       "float softcap=0., Tensor? key_bias=None, Tensor? query_positions=None, Tensor? key_positions=None, "
       "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_k=0) -> Tensor");
   m.def("select_top_k(Tensor scores, Tensor? row_k, SymInt k, " CHOICE_OPTIONS ") -> " CHOICE);
@@ -139,17 +141,17 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
       "Tensor? cu_seqlens_out=None, SymInt? length=None) -> Tensor[]");
   m.def(
       "scatter_tokens(Tensor[] tensors, Tensor? weights, Tensor[] base, Tensor index, int[] dims, SymInt length, "
-      "str reduce=\"copy\", Tensor? cu_seqlens=None, Tensor? cu_seqlens_out=None) -> (Tensor[] out, Tensor totals)");
+      "int reduce=0, Tensor? cu_seqlens=None, Tensor? cu_seqlens_out=None) -> (Tensor[] out, Tensor totals)");
   m.def(
       "scatter_tokens_backward(Tensor[] grads, Tensor? grad_totals, Tensor[] tensors, Tensor? weights, Tensor[] outs, "
-      "Tensor totals, Tensor index, int[] dims, SymInt rows, str reduce, Tensor? cu_seqlens=None, "
+      "Tensor totals, Tensor index, int[] dims, SymInt rows, int reduce, Tensor? cu_seqlens=None, "
       "Tensor? cu_seqlens_out=None, bool weights_grad=False) -> (Tensor[] grad_tensors, Tensor grad_weights)");
   m.def(
       "bipartite_match(Tensor metric, SymInt r, Tensor? ragged_r=None, int protect=0, Tensor? counts=None) -> "
       "(Tensor source, Tensor destination, Tensor kept, Tensor row, Tensor counts)");
   m.def(
       "compact_kv(Tensor(a!)[] cache_tensors, Tensor keep_index, Tensor? block_table=None, Tensor(b!)? lengths=None, "
-      "str layout=\"HND\") -> ()");
+      "bool tokens_first=False) -> ()");
   m.def("tokens_plan_cpu(ScalarType dtype, bool match=False) -> str");
   // ---- kv_cache. scores is empty where scores_length is 0.
   m.def(

@@ -1,8 +1,6 @@
 // The ops that score blocks, columns and rows, for any backend (see attention.h for what `Backend` is).
 #pragma once
 
-#include <string>
-
 #include "sparsekit/selection.h"
 #include "torch/attention.h"
 
@@ -11,7 +9,7 @@ namespace sparsekit {
 template <class Backend>
 struct ScoreOps {
   static std::tuple<Tensor, Tensor, Tensor> block_scores(Tensor query, Tensor key, std::vector<int64_t> block_size,
-                                                         std::string reduce, bool causal, std::optional<double> scale,
+                                                         int64_t reduce, bool causal, std::optional<double> scale,
                                                          int64_t stride, OptionalTensor cu_seqlens_q,
                                                          OptionalTensor cu_seqlens_k, int64_t max_seqlen_k,
                                                          bool self_similarity) {
@@ -32,8 +30,8 @@ struct ScoreOps {
   }
 
   static std::tuple<Tensor, Tensor> block_scores_backward(Tensor grad_scores, Tensor query, Tensor key,
-                                                          std::vector<int64_t> block_size, std::string reduce,
-                                                          bool causal, std::optional<double> scale, int64_t stride,
+                                                          std::vector<int64_t> block_size, int64_t reduce, bool causal,
+                                                          std::optional<double> scale, int64_t stride,
                                                           OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
                                                           int64_t max_seqlen_k) {
     AttentionTensors tensors;
@@ -72,7 +70,7 @@ struct ScoreOps {
     return {columns, diagonals};
   }
 
-  static Tensor row_scores(Tensor query, Tensor key, Tensor lse, OptionalTensor rows, std::string reduce, bool causal,
+  static Tensor row_scores(Tensor query, Tensor key, Tensor lse, OptionalTensor rows, int64_t reduce, bool causal,
                            std::optional<double> scale, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k) {
     AttentionTensors tensors;
     RowScores s;
@@ -100,11 +98,11 @@ struct ScoreOps {
   static Tensor attention_block_map(Tensor query, Tensor key, Tensor lse, OptionalTensor kv_num_blocks,
                                     OptionalTensor kv_indices, OptionalTensor full_kv_num_blocks,
                                     OptionalTensor full_kv_indices, OptionalTensor partial_bits,
-                                    OptionalTensor partial_bits_index, std::vector<int64_t> block_size,
-                                    std::string reduce, std::optional<double> scale, bool causal,
-                                    std::vector<int64_t> window, double softcap, OptionalTensor key_bias,
-                                    OptionalTensor query_positions, OptionalTensor key_positions,
-                                    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_k) {
+                                    OptionalTensor partial_bits_index, std::vector<int64_t> block_size, int64_t reduce,
+                                    std::optional<double> scale, bool causal, std::vector<int64_t> window,
+                                    double softcap, OptionalTensor key_bias, OptionalTensor query_positions,
+                                    OptionalTensor key_positions, OptionalTensor cu_seqlens_q,
+                                    OptionalTensor cu_seqlens_k, int64_t max_seqlen_k) {
     AttentionTensors tensors;
     AttentionBlockMap s;
     int64_t longest = query.dim() == 3 && max_seqlen_k > 0 ? max_seqlen_k : key.size(query.dim() == 3 ? 0 : 2);
@@ -137,9 +135,9 @@ struct ScoreOps {
     return p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
   }
 
-  static bool is_max(const std::string& reduce) {
-    if (reduce != "sum" && reduce != "max") fail("reduce is '%s'; supported: 'sum', 'max'", reduce.c_str());
-    return reduce == "max";
+  static bool is_max(int64_t reduce) {
+    if (reduce != 0 && reduce != 1) fail("reduce is %lld; supported: 0 (sum), 1 (max)", (long long)reduce);
+    return reduce == 1;
   }
 
   static std::vector<int64_t> per_key(const AttentionProblem& p, const Tensor& query) {
@@ -177,7 +175,7 @@ struct ScoreOps {
   }
 
   static BlockScores block_problem(AttentionTensors& tensors, const Tensor& query, const Tensor& key,
-                                   const std::vector<int64_t>& block_size, const std::string& reduce, bool causal,
+                                   const std::vector<int64_t>& block_size, int64_t reduce, bool causal,
                                    std::optional<double> scale, int64_t stride, const OptionalTensor& cu_seqlens_q,
                                    const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_k) {
     int64_t longest = query.dim() == 3 && max_seqlen_k > 0 ? max_seqlen_k : key.size(query.dim() == 3 ? 0 : 2);
@@ -186,10 +184,10 @@ struct ScoreOps {
     set_block_size(tensors.problem, block_size);
     BlockScores s;
     static_cast<AttentionProblem&>(s) = tensors.problem;
-    if (reduce != "mean" && reduce != "max" && reduce != "antidiagonal") {
-      fail("reduce is '%s'; supported: 'mean', 'max', 'antidiagonal'", reduce.c_str());
+    if (reduce < 0 || reduce > 2) {
+      fail("reduce is %lld; supported: 0 (mean), 1 (max), 2 (antidiagonal)", (long long)reduce);
     }
-    s.reduce = reduce == "mean" ? BlockReduce::mean : reduce == "max" ? BlockReduce::max : BlockReduce::antidiagonal;
+    s.reduce = reduce == 0 ? BlockReduce::mean : reduce == 1 ? BlockReduce::max : BlockReduce::antidiagonal;
     s.stride = int32_t(stride < 0 || stride > INT32_MAX ? 0 : stride);
     set_grid(s, &s.q_blocks, &s.key_blocks, longest);
     return s;

@@ -1,7 +1,6 @@
 // The token ops, for any backend (see attention.h for what `Backend` is).
 #pragma once
 
-#include <string>
 #include <tuple>
 
 #include "torch/tokens_tensors.h"
@@ -37,16 +36,14 @@ struct TokenOps {
     return made;
   }
 
-  static TokenReduce to_reduce(const std::string& name) {
-    if (name == "copy") return TokenReduce::copy;
-    if (name == "add") return TokenReduce::add;
-    if (name == "mean") return TokenReduce::mean;
-    fail("reduce is '%s'; supported: 'copy', 'add', 'mean'", name.c_str());
+  static TokenReduce to_reduce(int64_t reduce) {
+    if (reduce < 0 || reduce > 2) fail("reduce is %lld; supported: 0 (copy), 1 (add), 2 (mean)", (long long)reduce);
+    return reduce == 0 ? TokenReduce::copy : reduce == 1 ? TokenReduce::add : TokenReduce::mean;
   }
 
   /// What forward and backward of a scatter share. `rows`: of a sample of the sources, packed: of all.
   static void set_scatter(TokenTensors& kept, ScatterTokens* scatter, const Tensor& index,
-                          const OptionalTensor& weights, const std::string& reduce, const OptionalTensor& cu_seqlens,
+                          const OptionalTensor& weights, int64_t reduce, const OptionalTensor& cu_seqlens,
                           const OptionalTensor& cu_seqlens_out, int64_t rows, int64_t length) {
     scatter->index = kept.index(index, 3);
     scatter->reduce = to_reduce(reduce);
@@ -78,7 +75,7 @@ struct TokenOps {
   }
 
   static std::tuple<Tensors, Tensor> scatter_tokens(Tensors tensors, OptionalTensor weights, Tensors base, Tensor index,
-                                                    std::vector<int64_t> dims, int64_t length, std::string reduce,
+                                                    std::vector<int64_t> dims, int64_t length, int64_t reduce,
                                                     OptionalTensor cu_seqlens, OptionalTensor cu_seqlens_out) {
     if (tensors.empty()) fail("tensors: none is given; supported: one and more");
     if (!base.empty() && base.size() != tensors.size()) {
@@ -123,7 +120,7 @@ struct TokenOps {
   static std::tuple<Tensors, Tensor> scatter_tokens_backward(Tensors grads, OptionalTensor grad_totals, Tensors tensors,
                                                              OptionalTensor weights, Tensors outs, Tensor totals,
                                                              Tensor index, std::vector<int64_t> dims, int64_t rows,
-                                                             std::string reduce, OptionalTensor cu_seqlens,
+                                                             int64_t reduce, OptionalTensor cu_seqlens,
                                                              OptionalTensor cu_seqlens_out, bool weights_grad) {
     TokenTensors kept(index);
     ScatterTokensBackward backward;

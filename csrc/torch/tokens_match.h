@@ -63,12 +63,11 @@ struct TokenMatchOps {
     return tensor;
   }
 
-  /// layout: "HND" ([B, H, T, D], paged [pages, H, page_size, D]) or "NHD" ([B, T, H, D], [pages, page_size, H, D]).
+  /// [B, H, T, D], paged [pages, H, page_size, D]; with tokens_first [B, T, H, D], [pages, page_size, H, D].
   static void compact_kv(std::vector<Tensor> cache_tensors, Tensor keep_index, OptionalTensor block_table,
-                         OptionalTensor lengths, std::string layout) {
-    if (layout != "HND" && layout != "NHD") fail("layout is '%s'; supported: 'HND', 'NHD'", layout.c_str());
+                         OptionalTensor lengths, bool tokens_first) {
     if (cache_tensors.empty()) fail("cache_tensors: none is given; supported: one and more");
-    const int64_t head_dim = layout == "HND" ? 1 : 2, row_dim = 3 - head_dim;
+    const int64_t head_dim = tokens_first ? 2 : 1, row_dim = 3 - head_dim;
     TokenTensors kept(keep_index);
     CompactRows compact;
     compact.samples = keep_index.size(0);

@@ -42,6 +42,16 @@ __all__ = [
 
 _ops = torch.ops.sparsekit
 
+# The ops take numbers: strings that cross torch's stable ABI are never freed (torch 2.13).
+_BLOCK_REDUCES = ("mean", "max", "antidiagonal")
+_ROW_REDUCES = ("sum", "max")
+
+
+def _number(reduce: str, supported: tuple[str, ...]) -> int:
+    if reduce not in supported:
+        raise ValueError(f"reduce is {reduce!r}; supported: {', '.join(map(repr, supported))}")
+    return supported.index(reduce)
+
 
 # ---- block lists
 
@@ -136,7 +146,8 @@ def block_scores(
         -inf. With `self_similarity` (scores, q_similarity `[B, Hq, Mq]`, k_similarity `[B, Hkv, Nk]`), without gradients;
         packed k_similarity is `[1, Hkv, Tk // block + sequences]`, numbered over all sequences.
     """
-    options = (pair(block_size, "block_size"), reduce, causal, scale, stride, cu_seqlens_q, cu_seqlens_k)
+    reduction = _number(reduce, _BLOCK_REDUCES)
+    options = (pair(block_size, "block_size"), reduction, causal, scale, stride, cu_seqlens_q, cu_seqlens_k)
     longest = _longest(key, max_seqlen_k)
     scores, q_similarity, k_similarity = _ops.block_scores(query, key, *options, longest, self_similarity)
     return (scores, q_similarity, k_similarity) if self_similarity else scores
@@ -201,7 +212,7 @@ def row_scores(
         rows = rows.to(torch.int32)
         rows = rows[None] if rows.dim() == 1 else rows
     tensors = (query.detach(), key.detach(), lse.detach(), rows)
-    return _ops.row_scores(*tensors, reduce, causal, scale, cu_seqlens_q, cu_seqlens_k)
+    return _ops.row_scores(*tensors, _number(reduce, _ROW_REDUCES), causal, scale, cu_seqlens_q, cu_seqlens_k)
 
 
 def attention_block_map(
@@ -251,7 +262,8 @@ def attention_block_map(
         causal, block_size = bool(causal), pair(pattern, "pattern")
         window = (-1, -1) if window is None else window
     return _ops.attention_block_map(
-        *(query.detach(), key.detach(), lse.detach(), *lists, block_size, reduce, scale, causal, window),
+        *(query.detach(), key.detach(), lse.detach(), *lists, block_size),
+        *(_number(reduce, _ROW_REDUCES), scale, causal, window),
         *(softcap or 0.0, key_bias, query_positions, key_positions, cu_seqlens_q, cu_seqlens_k),
         _longest(key, max_seqlen_k),
     )

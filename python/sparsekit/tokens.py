@@ -35,6 +35,16 @@ __all__ = [
 Tensors = TypeVar("Tensors", Tensor, Sequence[Tensor])  # a tensor, or several: the result has the same form
 
 
+# The ops take numbers: strings that cross torch's stable ABI are never freed (torch 2.13).
+_REDUCES = ("copy", "add", "mean")
+
+
+def _number(value: str, supported: tuple[str, ...], name: str) -> int:
+    if value not in supported:
+        raise ValueError(f"{name} is {value!r}; supported: {', '.join(map(repr, supported))}")
+    return supported.index(value)
+
+
 class TokenMatch(NamedTuple):
     """Which tokens merge into which. Positions are int32 and count tokens of the sample; all lists ascend."""
 
@@ -134,7 +144,15 @@ def scatter_tokens(
     many, single = _as_list(src)
     below = [] if base is None else _as_list(base)[0]
     outs, _ = torch.ops.sparsekit.scatter_tokens(
-        many, weights, below, index, _dims(dim, many), length, reduce, cu_seqlens, cu_seqlens_out
+        many,
+        weights,
+        below,
+        index,
+        _dims(dim, many),
+        length,
+        _number(reduce, _REDUCES, "reduce"),
+        cu_seqlens,
+        cu_seqlens_out,
     )
     return outs[0] if single else outs
 
@@ -235,7 +253,9 @@ def compact_kv(
         RuntimeError: a row that is not in use, rows that do not ascend, a page that does not exist (the first bad entry
             is named, and nothing has been changed).
     """
-    torch.ops.sparsekit.compact_kv(list(cache_tensors), keep_index, block_table, lengths, layout)
+    torch.ops.sparsekit.compact_kv(
+        list(cache_tensors), keep_index, block_table, lengths, bool(_number(layout, ("HND", "NHD"), "layout"))
+    )
 
 
 # ---- matching and merging
@@ -311,7 +331,9 @@ def merge_tokens(
         weights = shape if weights is None else weights * shape
     if weights is None and any(tensor.dtype == torch.float64 for tensor in many):
         weights = torch.ones(row.shape, dtype=torch.float64, device=row.device)
-    outs, totals = torch.ops.sparsekit.scatter_tokens(many, weights, [], row, _dims(dim, many), length, "mean")
+    outs, totals = torch.ops.sparsekit.scatter_tokens(
+        many, weights, [], row, _dims(dim, many), length, _REDUCES.index("mean")
+    )
     return (outs[0] if single else outs), totals
 
 

@@ -84,7 +84,7 @@ def _(
     query,
     key,
     block_size,
-    reduce="mean",
+    reduce=0,
     causal=False,
     scale=None,
     stride=16,

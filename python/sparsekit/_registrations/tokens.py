@@ -34,7 +34,7 @@ def _float_of(weights: Tensor | None) -> torch.dtype:
 
 
 @register_fake("sparsekit::scatter_tokens")
-def _(tensors, weights, base, index, dims, length, reduce="copy", cu_seqlens=None, cu_seqlens_out=None):
+def _(tensors, weights, base, index, dims, length, reduce=0, cu_seqlens=None, cu_seqlens_out=None):
     samples, sides = index.shape[0], (cu_seqlens is not None, cu_seqlens_out is not None)
     outs = [_with_rows(tensor, dim, *sides, samples, length) for tensor, dim in zip(tensors, dims, strict=True)]
     shape = (length,) if cu_seqlens_out is not None else (samples, length)
@@ -75,7 +75,7 @@ def _(metric, r, ragged_r=None, protect=0, counts=None):
 
 
 @register_fake("sparsekit::compact_kv")
-def _(cache_tensors, keep_index, block_table=None, lengths=None, layout="HND"):
+def _(cache_tensors, keep_index, block_table=None, lengths=None, tokens_first=False):
     return None
 
 
@@ -96,7 +96,7 @@ def _gather_formula(ctx, grads):
     wanted = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[0][i]]
     if wanted:
         given, dims = [grads[i] for i in wanted], [ctx.dims[i] for i in wanted]
-        sums, _ = _ops.scatter_tokens(given, None, [], index, dims, ctx.rows, "add", cu_seqlens_out, cu_seqlens)
+        sums, _ = _ops.scatter_tokens(given, None, [], index, dims, ctx.rows, 1, cu_seqlens_out, cu_seqlens)
         for i, grad in zip(wanted, sums, strict=True):
             result[i] = grad
     return result, *others
@@ -156,7 +156,7 @@ def _scatter_formula(ctx, grads, grad_totals):
 def _base_grad(ctx, i, grad, totals, cu_seqlens_out):
     if grad is None or not ctx.needs_input_grad[2][i]:
         return None
-    if ctx.reduce == "add":
+    if ctx.reduce == 1:  # add
         return grad
     dim = ctx.dims[i] - (cu_seqlens_out is not None)
     shape = [1] * grad.dim()
