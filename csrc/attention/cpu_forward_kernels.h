@@ -51,23 +51,23 @@ struct Prefetch {
 
   SPARSEKIT_INLINE void step(Prefetch* f) {
     for (int n = f->per_step; n > 0; --n) {
-      if (f->left == 0 && !next_row(f)) return;
+      if (f->left == 0 && !f->next_row()) return;
       Simd::prefetch(f->at);
       f->at += 64;
       --f->left;
     }
   }
 
-  static bool next_row(Prefetch* f) {
-    if (f->next == f->count) {
-      f->per_step = 0;
+  __attribute__((noinline)) bool next_row() {
+    if (next == count) {
+      per_step = 0;
       return false;
     }
-    Region& region = f->regions[f->next];
-    f->at = region.row;
-    f->left = region.lines;
+    Region& region = regions[next];
+    at = region.row;
+    left = region.lines;
     region.row += region.stride;
-    if (--region.rows == 0) ++f->next;
+    if (--region.rows == 0) ++next;
     return true;
   }
 };
@@ -99,22 +99,30 @@ SPARSEKIT_INLINE void multiply_key_tile(const LoadedSegment& segment, int n, con
     const int64_t place = segment.rows ? segment.rows[at] : at;
     row[i] = reinterpret_cast<const Element*>(segment.key + place * segment.key_stride);
   }
-  for (int first = 0; first < steps; first += score_chain) {
-    const int last = int(smaller(first + score_chain, steps));
-    Simd::Float sum[keys][registers];
-    Tile<Product>::template multiply_rows<keys, registers>(row, query, last - first, sum);
+  Simd::Float sum[keys][registers];
+  Tile<Product>::template multiply_rows<keys, registers>(row, query, smaller(steps, score_chain), sum);
+  for (int first = score_chain; first < steps; first += score_chain) {
 #pragma GCC unroll 8
     for (int i = 0; i < keys; ++i) {
-      row[i] += last - first;
+      row[i] += score_chain;
 #pragma GCC unroll 4
-      for (int j = 0; j < registers; ++j) {
-        float* score = scores + i * width + j * Simd::lanes;
-        if (first > 0) sum[i][j] = Simd::add(Simd::load(score), sum[i][j]);
-        Simd::store(score, sum[i][j]);
-        if (last == steps) most[j] = Simd::max(most[j], sum[i][j]);
-      }
+      for (int j = 0; j < registers; ++j) Simd::store(scores + i * width + j * Simd::lanes, sum[i][j]);
     }
-    query += (last - first) * width;
+    query += score_chain * width;
+    Tile<Product>::template multiply_rows<keys, registers>(row, query, smaller(steps - first, score_chain), sum);
+#pragma GCC unroll 8
+    for (int i = 0; i < keys; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < registers; ++j)
+        sum[i][j] = Simd::add(Simd::load(scores + i * width + j * Simd::lanes), sum[i][j]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < keys; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < registers; ++j) {
+      Simd::store(scores + i * width + j * Simd::lanes, sum[i][j]);
+      most[j] = Simd::max(most[j], sum[i][j]);
+    }
   }
 }
 
@@ -216,14 +224,17 @@ SPARSEKIT_INLINE void multiply_value_tile(const PanelRun* runs, int count, const
                                           const Simd::Float* rescale, bool fresh, float* outputs) {
   Simd::Float sum[columns][registers];
   Tile<Product>::template multiply_panel<columns, registers>(runs, count, weights, sum);
+  if (!fresh) {
 #pragma GCC unroll 16
-  for (int i = 0; i < columns; ++i) {
+    for (int i = 0; i < columns; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < registers; ++j) {
-      float* at = outputs + (i * registers + j) * Simd::lanes;
-      Simd::store(at, fresh ? sum[i][j] : Simd::fma(rescale[j], Simd::load(at), sum[i][j]));
-    }
+      for (int j = 0; j < registers; ++j)
+        sum[i][j] = Simd::fma(rescale[j], Simd::load(outputs + (i * registers + j) * Simd::lanes), sum[i][j]);
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < columns; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < registers; ++j) Simd::store(outputs + (i * registers + j) * Simd::lanes, sum[i][j]);
 }
 
 /// outputs[d][lane] = outputs * rescale + sum over keys of values[d][key] * weights[key][lane], segment after segment;

@@ -42,23 +42,24 @@
 #endif
 
 // Tiles of one step; `at(n)` is the address of row n's element.
-// clang-format off
-#define TILE_4x4(at) \
-  TILE_LOAD4 TILE_ROW4(at(0), 0, 1, 2, 3) TILE_ROW4(at(1), 4, 5, 6, 7) \
-  TILE_ROW4(at(2), 8, 9, 10, 11) TILE_ROW4(at(3), 12, 13, 14, 15)
+#define TILE_4x4(at)                                                                                  \
+  TILE_LOAD4 TILE_ROW4(at(0), 0, 1, 2, 3) TILE_ROW4(at(1), 4, 5, 6, 7) TILE_ROW4(at(2), 8, 9, 10, 11) \
+      TILE_ROW4(at(3), 12, 13, 14, 15)
 #define TILE_4x3(at) \
   TILE_LOAD3 TILE_ROW3(at(0), 0, 1, 2) TILE_ROW3(at(1), 3, 4, 5) TILE_ROW3(at(2), 6, 7, 8) TILE_ROW3(at(3), 9, 10, 11)
 #define TILE_4x2(at) \
   TILE_LOAD2 TILE_ROW2(at(0), 0, 1) TILE_ROW2(at(1), 2, 3) TILE_ROW2(at(2), 4, 5) TILE_ROW2(at(3), 6, 7)
 #define TILE_6x2(at) TILE_4x2(at) TILE_ROW2(at(4), 8, 9) TILE_ROW2(at(5), 10, 11)
 #define TILE_8x2(at) TILE_6x2(at) TILE_ROW2(at(6), 12, 13) TILE_ROW2(at(7), 14, 15)
-#define TILE_8x1(at) \
-  TILE_LOAD1 TILE_ROW1(at(0), 0) TILE_ROW1(at(1), 1) TILE_ROW1(at(2), 2) TILE_ROW1(at(3), 3) \
-  TILE_ROW1(at(4), 4) TILE_ROW1(at(5), 5) TILE_ROW1(at(6), 6) TILE_ROW1(at(7), 7)
-#define TILE_16x1(at) \
+#define TILE_8_ROWS(at) \
+  TILE_ROW1(at(0), 0)   \
+  TILE_ROW1(at(1), 1)   \
+  TILE_ROW1(at(2), 2)   \
+  TILE_ROW1(at(3), 3) TILE_ROW1(at(4), 4) TILE_ROW1(at(5), 5) TILE_ROW1(at(6), 6) TILE_ROW1(at(7), 7)
+#define TILE_8x1(at) TILE_LOAD1 TILE_8_ROWS(at)
+#define TILE_16x1(at)                                                                              \
   TILE_8x1(at) TILE_ROW1(at(8), 8) TILE_ROW1(at(9), 9) TILE_ROW1(at(10), 10) TILE_ROW1(at(11), 11) \
-  TILE_ROW1(at(12), 12) TILE_ROW1(at(13), 13) TILE_ROW1(at(14), 14) TILE_ROW1(at(15), 15)
-// clang-format on
+      TILE_ROW1(at(12), 12) TILE_ROW1(at(13), 13) TILE_ROW1(at(14), 14) TILE_ROW1(at(15), 15)
 #define TILE_AT_ROW(n) "(%[a" #n "],%[k])"
 #define TILE_AT_PANEL(n) "4*" #n "(%[a])"
 

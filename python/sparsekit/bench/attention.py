@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender and case")
     parser.add_argument("--json", type=Path, help="write everything that was measured")
     parser.add_argument("--figure", type=Path, help="draw effective FLOP/s")
+    parser.add_argument(
+        "--density-figure", type=Path, help="draw shares of the multiply-add peak against density (CPU)"
+    )
 
 
 def choose(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -46,6 +49,8 @@ def choose(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     names = [name for name in cases if any(fnmatch.fnmatch(name, wanted) for wanted in options.cases.split(","))]
     if not names:
         parser.error(f"--cases: no case is called {options.cases}; --cases list lists them")
+    if options.density_figure and options.device != "cpu":
+        parser.error("--density-figure: the peak is measured on the CPU only")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: cuda found; torch sees no GPU here")
     options.cases = [resize(cases[name], options) for name in names]
@@ -173,6 +178,38 @@ def draw(results: list[dict], options):
     figure.savefig(options.figure, dpi=150)
 
 
+def draw_against_density(results: list[dict], options):
+    """A panel per kind of case (its name without the density), a line per contender."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = list(dict.fromkeys(result["case"].rpartition("-")[0] for result in results))
+    names = list(dict.fromkeys(row["name"] for result in results for row in result["results"]))
+    figure, axes = pyplot.subplots(
+        1, len(kinds), figsize=(1 + 3.2 * len(kinds), 3.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, kind in zip(axes[0], kinds, strict=True):
+        found = sorted((r for r in results if r["case"].rpartition("-")[0] == kind), key=lambda r: r["density"])
+        for name in names:
+            points = [
+                (r["density"], row["share_of_peak"]) for r in found for row in r["results"] if row["name"] == name
+            ]
+            if points:
+                panel.plot(*zip(*points, strict=True), marker="o", label=name)
+        panel.set(title=kind, xscale="log", xlabel="density", ylim=(0, 1))
+        ticks = [r["density"] for r in found]
+        panel.set_xticks(ticks, [f"{density:.0%}" for density in ticks])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    axes[0][0].set_ylabel("share of the multiply-add peak")
+    axes[0][0].legend(fontsize=8, loc="center left", bbox_to_anchor=(0, 0.45))
+    figure.suptitle(f"Attention forward, {machine(options.device)}: each on its own work", fontsize=10)
+    options.density_figure.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.density_figure, dpi=150)
+
+
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
@@ -190,6 +227,8 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.figure:
         draw(results, options)
+    if options.density_figure:
+        draw_against_density(results, options)
     failed = [result["case"] for result in results if options.refcheck and not result["errors"]["passed"]]
     if failed:
         console.print(f"outside the bounds of docs/semantics.md: {', '.join(failed)}")
