@@ -1,6 +1,6 @@
 """What a quantized key/value cache costs a real model: perplexity of 4,096 tokens decoded with every format.
 
-    python examples/compressed_cache.py                         all formats, about 5 minutes on 2 CPU cores
+    python examples/compressed_cache.py                         all formats, 1 to 2 minutes each on 2 CPU cores
     python examples/compressed_cache.py --tokens 512 --bits 8,2 a quick look
 
 The text is English documentation (pydoc_data.topics of this Python), the model SmolLM2-135M-Instruct (as in
