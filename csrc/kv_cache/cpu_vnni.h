@@ -206,7 +206,7 @@ void key_block(const KvPacking& p, const DecodeChunk& chunk, int32_t block, cons
       __m512 minimum = p.symmetric ? Simd::zero() : load_scales(chunk.key_minima[block] + g * kv_block + 16 * v);
       for (int r = 0; r < rows; ++r) {
         __m512i total = KeySums<rows>::total(s, r, v);
-        if (p.symmetric) total = _mm512_sub_epi32(total, _mm512_set1_epi32(k[r].isums[g] << (bits - 1)));
+        if (p.symmetric) total = _mm512_sub_epi32(total, _mm512_set1_epi32(k[r].isums[g] * (1 << (bits - 1))));
         __m512 product = Simd::mul(_mm512_cvtepi32_ps(total), Simd::set(k[r].unit));
         sum[r][v] = Simd::fma(product, scale, Simd::fma(Simd::set(k[r].sums[g]), minimum, sum[r][v]));
       }
