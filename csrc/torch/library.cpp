@@ -169,4 +169,7 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
       "decode_attention_plain(Tensor query, Tensor key, Tensor value, Tensor lengths, Tensor? block_table, "
       "bool tokens_first, " DECODE);
   m.def("decode_plan_cpu(ScalarType dtype, int head_dim, int value_dim) -> str");
+  m.def(
+      "decode_plan_cuda(ScalarType dtype, int head_dim, int value_dim, int bits=4, int group_size=64, "
+      "bool per_channel=True) -> str");
 }

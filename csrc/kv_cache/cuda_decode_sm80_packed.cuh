@@ -1,0 +1,694 @@
+// Decode attention over packed caches: codes to tensor-core operands without leaving registers.
+//
+// CODES. A code of up to 8 bits in the low bits of a 16-bit half *is* an fp16 number, code * 2^-24 (a subnormal, which
+// tensor cores multiply at full speed): one AND makes the A operand of two codes, no exponent is inserted and nothing
+// subtracted. What stands higher in the half is larger by a power of two, which the other operand takes back. Per 64
+// codes of 4 bits a lane spends 5 instructions of 8 codes; 2 bits 9 of 16; 8 bits 2 of 4; 3 bits 26 of 16; fp8 7 of 4.
+// KEYS per channel: score = sum_d (q_d scale_d) code_d + sum_d q_d minimum_d. q is brought to |q| < 1 by a power of two
+// per row, q * scale is kept as two halves (product and exact remainder of an fma: 22 bits, like the CPU's factors),
+// and the second sum is the same for a whole group: one product with A = the minima in every row. KEYS per token: the
+// products of a group of channels, times the token's scale, in fp32. VALUES: the token's scale goes to the weight (as
+// fp16, 11 bits); sum_t weight minimum is a product whose A has the groups' minima as rows. Symmetric formats: the
+// scale is the minimum, times -2^(bits - 1) at the end.
+// RANGE. Weights are 2^15 at most; where a tile's largest scale would take weight * scale beyond fp16, the exponent of
+// everything summed so far goes down (rare, one vote per tile; so is a NaN scale, the mark of a poisoned group, whose
+// products are kept from rows that do not see it).
+//
+// TILES. 64 tokens (8 bits: 32), a ring of 4 slots per warp, keys and values in turn. Lane (g, t) = (lane / 4, lane % 4)
+// of step s takes 4 neighbouring tokens, chunk(g, s): 8 s + g, but with 2 and 3 bits, whose value words hold 16 tokens,
+// 4 (g / 2) + 2 s + g % 2, so that lane t gets weights of the 16 tokens 16 t .. of its words.
+#pragma once
+
+#include "kv_cache/cuda_decode_sm80.cuh"
+#include "kv_cache/cuda_decode_sm80.h"
+
+namespace sparsekit::cuda {
+
+template <int BITS>
+struct Codes {
+  static constexpr bool kFp8 = BITS == kv_fp8;
+  static constexpr int kPlane = BITS == kv_fp8 ? 8 : BITS == 3 ? 2 : BITS;  // bits of the (first) plane
+  static constexpr int kSteps = 8 / kPlane;                                 // products (k = 16) per word
+  static constexpr int kTokens = kPlane == 8 ? 32 : 64;                     // of a tile
+  static constexpr bool kMixed = kPlane == 2;                               // chunk(g, s) takes both blocks
+  static constexpr bool kHigh = BITS == 3;                                  // a second plane of one bit
+  static constexpr float kUnit = kFp8 ? 256.f : 16777216.f;                 // value = kUnit * operand
+  /// The operand of step j is 2^(kPlane j) too large.
+  static __host__ __device__ constexpr int shift(int j) { return kPlane * j; }
+
+  /// out[2 j] is elements (4 j, 4 j + 2) of a word, out[2 j + 1] is (4 j + 1, 4 j + 3). high: the word of the second
+  /// plane, shifted so that its bit 8 i + j belongs to element 4 j + i.
+  static __device__ __forceinline__ void unpack(uint32_t word, uint32_t high, uint32_t (&out)[2 * kSteps]) {
+    if (kFp8) {
+      const uint32_t low = word << 8;  // sign to bit 15, exponent and mantissa to bits 7 .. 13
+      out[0] = (low & 0x80008000u) | (low >> 1 & 0x3f803f80u);
+      out[1] = (word & 0x80008000u) | (word >> 1 & 0x3f803f80u);
+      return;
+    }
+    const uint32_t later = word >> 8;
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+      const uint32_t mask = ((1u << kPlane) - 1) * 0x00010001u << (kPlane * j);
+      out[2 * j] = word & mask;
+      out[2 * j + 1] = later & mask;
+      if (kHigh) {
+        const uint32_t bit = 0x00040004u << (2 * j);
+        out[2 * j] |= high << (j + 2) & bit;
+        out[2 * j + 1] |= high >> (6 - j) & bit;
+      }
+    }
+  }
+};
+
+/// Halves (0, 2) and (1, 3) of four neighbours.
+__device__ __forceinline__ uint32_t even_of(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x5410); }
+__device__ __forceinline__ uint32_t odd_of(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x7632); }
+
+/// One shape of the kernel. HALVES: a tile holds two key groups of 32 tokens.
+template <int BITS, int DIM, bool CHANNEL, bool HALVES>
+struct PackedDecode {
+  using C = Codes<BITS>;
+  static constexpr int kTokens = C::kTokens, kBlocks = kTokens / 32, kSlots = 4;
+  static constexpr int kLoads = DIM * C::kPlane / 128;   // of 16 bytes of a lane, per 32 tokens of keys
+  static constexpr int kTiles = DIM / 16;                // of out
+  static constexpr int kCodeLoads = kLoads * kBlocks;    // of a tile of keys, or values
+  static constexpr int kCodeBytes = kCodeLoads * 512 * (C::kHigh ? 2 : 1);
+  static constexpr int kGroups = CHANNEL ? (HALVES ? 2 : 1) : 0;  // key groups of a tile, per channel
+  static constexpr int kWords = 32 / C::kPlane;          // channels (tokens) of a word
+
+  /// Bytes of a slot: codes, then scales and minima of keys or of values.
+  static __host__ __device__ int parameter_bytes(int group_size) {
+    const int groups = (DIM + group_size - 1) / group_size;
+    const int per_token = kTokens * groups * 4, per_channel = kGroups * DIM * 4;
+    return CHANNEL && per_channel > per_token ? per_channel : per_token;
+  }
+  static __host__ __device__ int slot_bytes(int group_size) { return kCodeBytes + parameter_bytes(group_size); }
+
+  const Decode& p;
+  const int lane, g, t;
+  const int64_t b, h;
+  const int first_row;
+  const Lengths n;
+  const uint32_t ring;  // of this warp
+  const int slot_size;
+  Columns columns;
+  float units[2];                                  // scores are products times this: base of the minima
+  uint32_t query[kLoads][C::kSteps][2];            // B: column g, channels as the codes have them, times 2^-shift
+  float sums[CHANNEL ? 1 : 4][2];                  // per token: sum of q over a group of channels, times -2^(b-1) or 1
+  Softmax state;
+  float out[kTiles][4], extra[4];
+
+  __device__ __forceinline__ PackedDecode(const Decode& p, int64_t b, int64_t h, int first_row, const Lengths& n,
+                                          uint32_t ring)
+      : p(p),
+        lane(threadIdx.x % 32),
+        g(lane / 4),
+        t(lane % 4),
+        b(b),
+        h(h),
+        first_row(first_row),
+        n(n),
+        ring(ring),
+        slot_size(slot_bytes(p.cache.key.format.group_size)) {}
+
+  __device__ __forceinline__ int chunk(int s) const { return C::kMixed ? 4 * (g >> 1) + 2 * s + (g & 1) : 8 * s + g; }
+  /// The first of this lane's 8 tokens of step s, as the values' product has them.
+  __device__ __forceinline__ int tokens_of(int s) const { return C::kMixed ? 16 * t + 8 * s : 32 * s + 8 * t; }
+
+  __device__ __forceinline__ float q_at(const void* data, int64_t at) const {
+    return p.dtype == DType::bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(data)[at])
+                                  : __half2float(static_cast<const __half*>(data)[at]);
+  }
+
+  __device__ __forceinline__ void load_query() {
+    const int row = first_row + g;
+    const bool used = row < p.rows;
+    const int64_t from = used ? p.query_row(b, h, row) : 0;
+    float largest = 0.f;
+    for (int d = t; d < DIM; d += 4) largest = fmaxf(largest, used ? fabsf(q_at(p.query.data, from + d)) : 0.f);
+    largest = row_max(largest);
+    // 2^k that brings |q| below 1.
+    const int exponent = min(int(__float_as_uint(largest) >> 23), 252);
+    const float down = __uint_as_float(uint32_t(253 - exponent) << 23);
+    const float sign = p.scale < 0.f ? -down : down;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+#pragma unroll
+      for (int j = 0; j < C::kSteps; ++j) {
+        const int d = (4 * i + t) * kWords + 4 * j;
+        const float shift = sign * (1.f / float(1 << C::shift(j)));
+        float x[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) x[c] = used ? q_at(p.query.data, from + d + c) * shift : 0.f;
+        query[i][j][0] = pack<__half>(x[0], x[2]);
+        query[i][j][1] = pack<__half>(x[1], x[3]);
+      }
+    }
+    columns = columns_of(p, b, h, first_row, n.total());
+    const float up = 1.f / down;
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+      columns.factor[c] = __shfl_sync(kAllLanes, up, 8 * t + 4 * c) * magnitude_of(p.scale) * kLog2e * C::kUnit;
+    const Format& f = p.cache.key.format;
+    const float base = (f.symmetric ? -float(1 << (BITS > 0 ? BITS - 1 : 0)) : 1.f) / C::kUnit;
+    units[0] = units[1] = base;
+    if (!CHANNEL) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        float sum = 0.f;
+        for (int d = k * f.group_size + t; d < min(DIM, (k + 1) * f.group_size); d += 4)
+          sum += used ? q_at(p.query.data, from + d) * sign : 0.f;
+        sum = row_sum(sum) * base;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) sums[CHANNEL ? 0 : k][c] = __shfl_sync(kAllLanes, sum, 8 * t + 4 * c);
+      }
+    }
+    state = {{-kInfinity, -kInfinity}, {0.f, 0.f}, 15};
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) out[i][c] = 0.f;
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) extra[c] = 0.f;
+  }
+
+  /// Where block `block` (32 tokens) of a tile stands in its pool, or -1.
+  __device__ __forceinline__ int64_t block_of(int token) const {
+    const Cache& c = p.cache;
+    if (token >= n.quantized) return -1;
+    const int64_t page = c.page(b, h, token / c.page_size);
+    const int64_t at = page * c.page_heads + (c.page_heads == 1 ? 0 : h);
+    return page < 0 ? -1 : at * (c.page_size / kv_block) + token % c.page_size / kv_block;
+  }
+
+  /// Starts the copies of a tile of keys or values into a slot.
+  __device__ __forceinline__ void copy_tile(int slot, int start, bool value) const {
+    const Pool& pool = value ? p.cache.value : p.cache.key;
+    const Format& f = pool.format;
+    int64_t blocks[2] = {-1, -1};
+#pragma unroll
+    for (int s = 0; s < kBlocks; ++s) blocks[s] = block_of(start + 32 * s);
+    const uint32_t to = ring + slot * slot_size + lane * 16;
+    auto copy = [&](uint32_t at, int64_t block, int offset) {
+      copy_async_16(to + at, block < 0 ? pool.codes : pool.codes + block * f.block_bytes + offset, block >= 0);
+    };
+    if (!value) {
+#pragma unroll
+      for (int s = 0; s < kBlocks; ++s) {
+        const int64_t block = !C::kMixed ? blocks[s] : g >> 2 ? blocks[1] : blocks[0];
+        const int column = (chunk(s) & 7) * 16;
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+          const int row = 4 * i + t;
+          copy((i * kBlocks + s) * 512, block, row * 128 + column);
+          if (C::kHigh) copy((kCodeLoads + i * kBlocks + s) * 512, block, 8 * DIM + row / 2 * 128 + column);
+        }
+      }
+    } else if (C::kMixed) {
+      const int64_t block = t >> 1 ? blocks[1] : blocks[0];
+#pragma unroll
+      for (int q = 0; q < DIM / 32; ++q) {
+        copy(q * 512, block, ((t & 1) * DIM + 32 * q + 4 * g) * 4);
+        if (C::kHigh) copy((kCodeLoads + q) * 512, block, 8 * DIM + (32 * q + 4 * g) * 4);
+      }
+    } else {
+#pragma unroll
+      for (int s = 0; s < kBlocks; ++s) {
+#pragma unroll
+        for (int q = 0; q < DIM / 32; ++q) {
+#pragma unroll
+          for (int k = 0; k < 2 / C::kSteps; ++k)
+            copy(((q * kBlocks + s) * (2 / C::kSteps) + k) * 512, blocks[s],
+                 ((t * (2 / C::kSteps) + k) * DIM + 32 * q + 4 * g) * 4);
+        }
+      }
+    }
+    // Scales, then minima: per channel [group][2][DIM], per token [block][2][groups][32].
+    if (!value && CHANNEL) {
+      constexpr int kEach = DIM / 8;
+#pragma unroll
+      for (int k = 0; k < kGroups; ++k) {
+        const int64_t block = blocks[k];
+        // A group of a page stands behind those before it; block / blocks of a group is its number in the pool.
+        const int64_t group = block < 0 ? 0 : block / (f.group_size / kv_block);
+        for (int i = lane; i < 2 * kEach; i += 32) {
+          const uint16_t* from = i < kEach ? pool.scales : pool.minima;
+          if (i >= kEach && !from) break;
+          copy_async_16(ring + slot * slot_size + kCodeBytes + (k * 2 * kEach + i) * 16,
+                        block < 0 ? from : from + group * DIM + i % kEach * 8, block >= 0);
+        }
+      }
+    } else {
+      const int each = f.groups * 4;
+#pragma unroll
+      for (int s = 0; s < kBlocks; ++s) {
+        for (int i = lane; i < 2 * each; i += 32) {
+          const bool second = i >= each;
+          const uint16_t* from = second ? pool.minima : pool.scales;
+          if (second && !from) break;
+          copy_async_16(ring + slot * slot_size + kCodeBytes + (s * 2 * each + i) * 16,
+                        blocks[s] < 0 ? from : from + blocks[s] * f.groups * 32 + (second ? i - each : i) * 8,
+                        blocks[s] >= 0);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ static uint32_t word_of(const uint4& x, int i) {
+    return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+  }
+
+  /// x[s][m] += codes of load i, step s, times B. `add(words, j)` is called for every k step with the A operands.
+  template <class Add>
+  __device__ __forceinline__ void each_product(uint32_t slot, int i, int s, const Add& add) const {
+    const uint4 words = load_shared(slot + lane * 16 + (i * kBlocks + s) * 512);
+    uint4 high = make_uint4(0, 0, 0, 0);
+    if (C::kHigh) {
+      high = load_shared(slot + lane * 16 + (kCodeLoads + i * kBlocks + s) * 512);
+      const int by = 4 * (t & 1);
+      high.x >>= by, high.y >>= by, high.z >>= by, high.w >>= by;
+    }
+    uint32_t codes[4][2 * C::kSteps];
+#pragma unroll
+    for (int a = 0; a < 4; ++a) C::unpack(word_of(words, a), word_of(high, a), codes[a]);
+#pragma unroll
+    for (int j = 0; j < C::kSteps; ++j) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const uint32_t a[4] = {codes[2 * m][2 * j], codes[2 * m + 1][2 * j], codes[2 * m][2 * j + 1],
+                               codes[2 * m + 1][2 * j + 1]};
+        add(a, j, m);
+      }
+    }
+  }
+
+  /// Halves of the channels of a word of load i, from a row [DIM] in shared memory: pairs as the codes have them.
+  __device__ __forceinline__ void channel_pairs(uint32_t row, int i, uint32_t (&pairs)[C::kSteps][2]) const {
+    const uint32_t from = row + (4 * i + t) * kWords * 2;
+    if (C::kSteps == 1) {
+      const uint2 x = load_shared_8(from);
+      pairs[0][0] = even_of(x.x, x.y);
+      pairs[0][1] = odd_of(x.x, x.y);
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < C::kSteps; j += 2) {
+      const uint4 x = load_shared(from + j * 8);
+      pairs[j][0] = even_of(x.x, x.y);
+      pairs[j][1] = odd_of(x.x, x.y);
+      if (j + 1 < C::kSteps) {
+        pairs[j + 1 < C::kSteps ? j + 1 : 0][0] = even_of(x.z, x.w);
+        pairs[j + 1 < C::kSteps ? j + 1 : 0][1] = odd_of(x.z, x.w);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void scores_per_channel(uint32_t slot, float (&x)[kBlocks][2][4]) const {
+#pragma unroll
+    for (int k = 0; k < kGroups; ++k) {
+      const uint32_t scales = slot + kCodeBytes + k * DIM * 4;
+      float base[2] = {0.f, 0.f};
+      if (!C::kFp8) {
+        const uint32_t minima = scales + (p.cache.key.format.symmetric ? 0 : DIM * 2);
+        float sum[C::kSteps][4] = {};
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+          uint32_t low[C::kSteps][2];
+          channel_pairs(minima, i, low);
+#pragma unroll
+          for (int j = 0; j < C::kSteps; ++j) {
+            const uint32_t a[4] = {low[j][0], low[j][0], low[j][1], low[j][1]};
+            mma_m16n8k16<__half>(sum[j], a, query[i][j][0], query[i][j][1]);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < C::kSteps; ++j) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) base[c] += sum[j][c] * (units[c] * float(1 << C::shift(j)));
+        }
+      }
+      float y[kBlocks][2][4];
+#pragma unroll
+      for (int s = 0; s < kBlocks; ++s) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) y[s][c / 4][c % 4] = base[c % 2];
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        uint32_t factors[C::kSteps][2], rest[C::kSteps][2];
+        channel_pairs(scales, i, factors);
+#pragma unroll
+        for (int j = 0; j < C::kSteps; ++j) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const __half2 q = half2_of(query[i][j][c]), scale = half2_of(factors[j][c]), product = __hmul2(q, scale);
+            rest[j][c] = bits_of(__hfma2(q, scale, __hneg2(product)));
+            factors[j][c] = bits_of(product);
+          }
+        }
+#pragma unroll
+        for (int s = 0; s < kBlocks; ++s) {
+          if (HALVES && !C::kMixed && s != k) continue;
+          each_product(slot, i, s, [&](const uint32_t(&a)[4], int j, int m) {
+            mma_m16n8k16<__half>(y[s][m], a, factors[j][0], factors[j][1]);
+            mma_m16n8k16<__half>(y[s][m], a, rest[j][0], rest[j][1]);
+          });
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < kBlocks; ++s) {
+        const bool mine = !HALVES || (C::kMixed ? g >> 2 == k : s == k);  // this lane's tokens are of this group
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          if (k == 0 || mine) x[s][c / 4][c % 4] = y[s][c / 4][c % 4];
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void scores_per_token(uint32_t slot, float (&x)[kBlocks][2][4]) const {
+    const Format& f = p.cache.key.format;
+    const int loads = f.group_size * C::kPlane / 128;  // of a group of channels: at least one
+    float y[kBlocks][2][4] = {};
+#pragma unroll
+    for (int s = 0; s < kBlocks; ++s) {
+#pragma unroll
+      for (int c = 0; c < 8; ++c) x[s][c / 4][c % 4] = 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+#pragma unroll
+      for (int s = 0; s < kBlocks; ++s) {
+        each_product(slot, i, s, [&](const uint32_t(&a)[4], int j, int m) {
+          mma_m16n8k16<__half>(y[s][m], a, query[i][j][0], query[i][j][1]);
+        });
+      }
+      if ((i + 1) % loads != 0 && i + 1 < kLoads) continue;
+      const int k = i / loads;
+      float sum[2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        sum[c] = 0.f;
+#pragma unroll
+        for (int other = 0; other < (CHANNEL ? 1 : 4); ++other) sum[c] = other == k ? sums[other][c] : sum[c];
+      }
+#pragma unroll
+      for (int s = 0; s < kBlocks; ++s) {
+        const int four = chunk(s), block = four >> 3;
+        const uint32_t from = slot + kCodeBytes + (block * 2 * f.groups + k) * 64 + (four & 7) * 8;
+        const uint2 scales = load_shared_8(from), low = f.minima ? load_shared_8(from + f.groups * 64) : scales;
+#pragma unroll
+        for (int a = 0; a < 4; ++a) {
+          const uint32_t pair = a < 2 ? scales.x : scales.y, low_pair = a < 2 ? low.x : low.y;
+          const float scale = a % 2 ? __high2float(half2_of(pair)) : __low2float(half2_of(pair));
+          const float minimum = C::kFp8 ? 0.f : a % 2 ? __high2float(half2_of(low_pair)) : __low2float(half2_of(low_pair));
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            float& score = x[s][a / 2][a % 2 * 2 + c];
+            score = fmaf(scale, y[s][a / 2][a % 2 * 2 + c], C::kFp8 ? score : fmaf(minimum, sum[c], score));
+            y[s][a / 2][a % 2 * 2 + c] = 0.f;
+          }
+        }
+      }
+    }
+  }
+
+  /// Looks at the scales of a tile of values. Lowers the exponent where weight * scale would leave fp16. Returns
+  /// whether a scale is NaN.
+  __device__ __forceinline__ bool rare_scales(uint32_t slot, int halves, uint32_t (&weights)[kBlocks][4]) {
+    float largest = 0.f;
+    bool poison = false;
+    const int groups = p.cache.value.format.groups;
+    for (int at = lane; at < halves; at += 32) {
+      const int s = at / (groups * 32), i = at % (groups * 32);
+      uint16_t raw;
+      asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(raw) : "r"(slot + kCodeBytes + (s * 2 * groups * 32 + i) * 2) : "memory");
+      const float scale = fabsf(half_value(raw));
+      poison |= !(scale <= kHalfLargest);
+      largest = fmaxf(largest, scale <= kHalfLargest ? scale : 0.f);
+    }
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
+    int exponent = state.exponent;
+    while (largest * exp2f(float(exponent)) > kHalfLargest) --exponent;
+    if (exponent != state.exponent) {
+      const float down = exp2f(float(exponent - state.exponent));
+      state.exponent = exponent;
+      const uint32_t half_down = pack<__half>(down, down);
+#pragma unroll
+      for (int s = 0; s < kBlocks; ++s) {
+#pragma unroll
+        for (int a = 0; a < 4; ++a) weights[s][a] = multiply(weights[s][a], half_down);
+      }
+#pragma unroll
+      for (int c = 0; c < 2; ++c) state.total[c] *= down;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) extra[c] *= down;
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) out[i][c] *= down;
+      }
+    }
+    return __any_sync(kAllLanes, poison);
+  }
+
+  __device__ __forceinline__ void add_values(uint32_t slot, uint32_t (&weights)[kBlocks][4]) {
+    const Format& f = p.cache.value.format;
+    // One vote: is any scale NaN, or too large?
+    const int halves = kTokens * f.groups;
+    __half2 most = __float2half2_rn(0.f);
+    for (int at = lane * 4; at < halves; at += 128) {
+      const int s = at / (f.groups * 32), i = at % (f.groups * 32);
+      const uint2 x = load_shared_8(slot + kCodeBytes + (s * 2 * f.groups * 32 + i) * 2);
+      most = __hmax2_nan(most, __hmax2_nan(half2_of(x.x), half2_of(x.y)));
+    }
+    const float bound = kHalfLargest * exp2f(-float(state.exponent));
+    bool poison = false;
+    if (__any_sync(kAllLanes, !(fmaxf(__low2float(most), __high2float(most)) <= bound) || __hisnan(__low2half(most)) ||
+                                  __hisnan(__high2half(most)))) {
+      poison = rare_scales(slot, halves, weights);
+    }
+
+    uint32_t pairs[2 * kBlocks][2];  // B of k step 2 s + i: tokens (0, 2), (1, 3) of the lane's 4
+#pragma unroll
+    for (int s = 0; s < kBlocks; ++s) {
+      pairs[2 * s][0] = even_of(weights[s][0], weights[s][2]);
+      pairs[2 * s][1] = even_of(weights[s][1], weights[s][3]);
+      pairs[2 * s + 1][0] = odd_of(weights[s][0], weights[s][2]);
+      pairs[2 * s + 1][1] = odd_of(weights[s][1], weights[s][3]);
+    }
+    if (!C::kFp8) {  // minima (or scales) of group g in row g
+#pragma unroll
+      for (int s = 0; s < kBlocks; ++s) {
+        const int token = tokens_of(s);
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (g < f.groups) {
+          x = load_shared(slot + kCodeBytes + (token / 32 * 2 * f.groups + (f.symmetric ? g : f.groups + g)) * 64 +
+                          token % 32 * 2);
+        }
+        if (poison) {  // the products with codes carry the NaN, and only to rows that see it
+          x.x &= number_mask(x.x), x.y &= number_mask(x.y), x.z &= number_mask(x.z), x.w &= number_mask(x.w);
+        }
+        const uint32_t low[4] = {even_of(x.x, x.y), 0, odd_of(x.x, x.y), 0};
+        const uint32_t high[4] = {even_of(x.z, x.w), 0, odd_of(x.z, x.w), 0};
+        mma_m16n8k16<__half>(extra, low, pairs[2 * s][0], pairs[2 * s][1]);
+        mma_m16n8k16<__half>(extra, high, pairs[2 * s + 1][0], pairs[2 * s + 1][1]);
+      }
+    }
+    // What stands higher in the halves of the codes.
+#pragma unroll
+    for (int k = 0; k < 2 * kBlocks; ++k) {
+      const int j = k % C::kSteps;
+      if (j == 0) continue;
+      const float down = 1.f / float(1 << C::shift(j));
+      const uint32_t half_down = bits_of(__float2half2_rn(down));
+      pairs[k][0] = multiply(pairs[k][0], half_down);
+      pairs[k][1] = multiply(pairs[k][1], half_down);
+    }
+    uint32_t scaled[2 * kBlocks][2];
+#pragma unroll
+    for (int q = 0; q < DIM / 32; ++q) {
+      if (32 * q % f.group_size == 0) {
+        const int k = 32 * q / f.group_size;
+#pragma unroll
+        for (int s = 0; s < kBlocks; ++s) {
+          const int token = tokens_of(s);
+          const uint4 x = load_shared(slot + kCodeBytes + (token / 32 * 2 * f.groups + k) * 64 + token % 32 * 2);
+          scaled[2 * s][0] = multiply(pairs[2 * s][0], even_of(x.x, x.y));
+          scaled[2 * s][1] = multiply(pairs[2 * s][1], odd_of(x.x, x.y));
+          scaled[2 * s + 1][0] = multiply(pairs[2 * s + 1][0], even_of(x.z, x.w));
+          scaled[2 * s + 1][1] = multiply(pairs[2 * s + 1][1], odd_of(x.z, x.w));
+        }
+        if (poison) {
+#pragma unroll
+          for (int k2 = 0; k2 < 2 * kBlocks; ++k2) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) scaled[k2][c] &= nonzero_mask(pairs[k2][c]);
+          }
+        }
+      }
+      constexpr int kParts = C::kMixed ? 1 : kBlocks * (2 / C::kSteps);  // loads of 32 channels
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const uint4 words = load_shared(slot + lane * 16 + (q * kParts + part) * 512);
+        uint4 high = make_uint4(0, 0, 0, 0);
+        if (C::kHigh) {
+          high = load_shared(slot + lane * 16 + (kCodeLoads + q) * 512);
+          const int by = 4 * (t & 1);
+          high.x >>= by, high.y >>= by, high.z >>= by, high.w >>= by;
+        }
+        uint32_t codes[4][2 * C::kSteps];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) C::unpack(word_of(words, c), word_of(high, c), codes[c]);
+#pragma unroll
+        for (int j = 0; j < C::kSteps; ++j) {
+          const int k = part * C::kSteps + j;
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            const uint32_t a[4] = {codes[2 * m][2 * j], codes[2 * m + 1][2 * j], codes[2 * m][2 * j + 1],
+                                   codes[2 * m + 1][2 * j + 1]};
+            mma_m16n8k16<__half>(out[2 * q + m], a, scaled[k][0], scaled[k][1]);
+          }
+        }
+      }
+    }
+  }
+
+  /// All ones in halves that are not 0 (NaN is not).
+  __device__ __forceinline__ static uint32_t nonzero_mask(uint32_t x) {
+    return ((x & 0x7fff) ? 0xffffu : 0u) | ((x & 0x7fff0000) ? 0xffff0000u : 0u);
+  }
+  /// All ones in halves that are no NaN.
+  __device__ __forceinline__ static uint32_t number_mask(uint32_t x) {
+    return ((x & 0x7fff) > 0x7c00 ? 0u : 0xffffu) | ((x & 0x7fff0000) > 0x7c000000 ? 0u : 0xffff0000u);
+  }
+
+  __device__ __forceinline__ void run(Share share, int slot_of_state, float* shared) {
+    load_query();
+    const int warp = threadIdx.x / 32;
+    const int first = share.first + warp, count = max(0, (share.last - first + kDecodeWarps - 1) / kDecodeWarps);
+    auto start_copy = [&](int number) {  // keys (even) or values of this warp's tile number / 2
+      if (number < 2 * count)
+        copy_tile(number % kSlots, (first + number / 2 * kDecodeWarps) * kTokens, number % 2);
+      copy_async_commit();
+    };
+#pragma unroll
+    for (int i = 0; i < kSlots - 1; ++i) start_copy(i);
+    for (int tile = 0; tile < count; ++tile) {
+      const int start = (first + tile * kDecodeWarps) * kTokens;
+      copy_async_wait<kSlots - 2>();
+      __syncwarp();  // scales are copied by other lanes than those that read them
+      start_copy(2 * tile + kSlots - 1);
+      float x[kBlocks][2][4];
+      const uint32_t key = ring + 2 * tile % kSlots * slot_size;
+      if (CHANNEL) {
+        scores_per_channel(key, x);
+      } else {
+        scores_per_token(key, x);
+      }
+      bool absent[2] = {false, false};  // blocks that are none: past the end, or on a page out of range
+      const bool ends = start + kTokens > n.quantized || n.sinks + start + kTokens > columns.least_limit;
+      bool masks = ends;
+      if (ends || p.cache.block_table) {
+#pragma unroll
+        for (int s = 0; s < kBlocks; ++s) {
+          absent[s] = block_of(start + 32 * s) < 0;
+          masks |= absent[s];
+        }
+      }
+      softmax_step<kBlocks, kTiles>(
+          p, columns, masks, state, x, out, extra, [&](int s, int a) { return n.sinks + start + 4 * chunk(s) + a; },
+          [&](int s, int) { return C::kMixed ? (g >> 2 ? absent[1] : absent[0]) : absent[s]; });
+      uint32_t weights[kBlocks][4];
+#pragma unroll
+      for (int s = 0; s < kBlocks; ++s) {
+#pragma unroll
+        for (int a = 0; a < 4; ++a)
+          weights[s][a] = transposed(pack<__half>(x[s][a / 2][a % 2 * 2], x[s][a / 2][a % 2 * 2 + 1]));
+      }
+      copy_async_wait<kSlots - 2>();
+      __syncwarp();
+      start_copy(2 * tile + kSlots);
+      add_values(ring + (2 * tile + 1) % kSlots * slot_size, weights);
+    }
+    copy_async_wait<0>();
+    // Minima of a group of channels, times their factor, to all of its channels.
+    const Format& f = p.cache.value.format;
+    const float base = f.symmetric ? -float(1 << (BITS > 0 ? BITS - 1 : 0)) : 1.f;
+#pragma unroll
+    for (int q = 0; q < DIM / 32; ++q) {
+      const int k = 32 * q / f.group_size;
+      const float low = __shfl_sync(kAllLanes, extra[0], 4 * k + t) * base;
+      const float high = __shfl_sync(kAllLanes, extra[1], 4 * k + t) * base;
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        float(&tile)[4] = out[2 * q + m];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) tile[c] = fmaf(tile[c], C::kUnit, C::kFp8 ? 0.f : c % 2 ? high : low);
+      }
+    }
+    finish_split<DIM>(
+        p, b, h, slot_of_state, first_row, state, out, [&](int i) { return i / 2 * 32 + 4 * g + i % 2 * 2; }, shared);
+  }
+};
+
+/// Slot 0 of a head's states: sinks and ring, in full precision; slot 1 + s: share s of the quantized tokens.
+template <int BITS, int DIM, bool CHANNEL, bool HALVES>
+__global__ void __launch_bounds__(kDecodeThreads, 3) decode_packed(const __grid_constant__ Decode p) {
+  using Kernel = PackedDecode<BITS, DIM, CHANNEL, HALVES>;
+  extern __shared__ __align__(128) uint8_t shared[];
+  const int part = blockIdx.x % p.slots, first_row = blockIdx.x / p.slots * kColumns;
+  const int64_t h = blockIdx.y, b = blockIdx.z;
+  const Lengths n = lengths_of(p.cache, b, h);
+  if (part == 0) {  // rows are the sinks, then the ring
+    const Cache& c = p.cache;
+    const int rows = n.sinks + n.recent;
+    auto number = [&](int i) { return i < n.sinks ? i : i + n.quantized; };
+    auto offset = [&](int i, bool) {
+      return DIM * (i < n.sinks ? c.sink_row(b, h, i) : c.ring_row(b, h, int64_t(n.quantized) + i - n.sinks));
+    };
+    const Share all = {0, (rows + 31) / 32};
+    if (p.kept == DType::bf16) {
+      attend_rows<__nv_bfloat16, DIM, 1>(p, b, h, 0, first_row, n.total(), rows, number, all, c.key.window,
+                                         c.value.window, offset, shared);
+    } else {
+      attend_rows<__half, DIM, 1>(p, b, h, 0, first_row, n.total(), rows, number, all, c.key.window, c.value.window,
+                                  offset, shared);
+    }
+    return;
+  }
+  const Share share =
+      share_of((n.quantized + Kernel::kTokens - 1) / Kernel::kTokens, part - 1, p.splits, kDecodeWarps);
+  const uint32_t ring = shared_address(shared) +
+                        threadIdx.x / 32 * Kernel::kSlots * Kernel::slot_bytes(p.cache.key.format.group_size);
+  Kernel(p, b, h, first_row, n, ring).run(share, part, reinterpret_cast<float*>(shared));
+}
+
+template <int BITS, int DIM, bool CHANNEL, bool HALVES>
+PackedDecodeKernel packed_kernel_of(int group_size) {
+  using Kernel = PackedDecode<BITS, DIM, CHANNEL, HALVES>;
+  const size_t ring = size_t(kDecodeWarps) * Kernel::kSlots * Kernel::slot_bytes(group_size);
+  const size_t window = size_t(kDecodeWarps) * 32 * DIM * 2;  // one tile of sinks or ring
+  size_t bytes = ring > window ? ring : window;
+  if (bytes < finish_bytes(DIM)) bytes = finish_bytes(DIM);
+  return {reinterpret_cast<const void*>(&decode_packed<BITS, DIM, CHANNEL, HALVES>), bytes, Kernel::kTokens};
+}
+
+template <int BITS, int DIM>
+PackedDecodeKernel packed_kernel_of(bool per_channel, int group_size) {
+  constexpr bool kHalves = Codes<BITS>::kTokens == 64;
+  if (!per_channel) return packed_kernel_of<BITS, DIM, false, false>(group_size);
+  if (kHalves && group_size == 32) return packed_kernel_of<BITS, DIM, true, kHalves>(group_size);
+  return packed_kernel_of<BITS, DIM, true, false>(group_size);
+}
+
+template <int BITS>
+PackedDecodeKernel packed_kernel_of(int dim, bool per_channel, int group_size) {
+  return dim == 64    ? packed_kernel_of<BITS, 64>(per_channel, group_size)
+         : dim == 128 ? packed_kernel_of<BITS, 128>(per_channel, group_size)
+                      : PackedDecodeKernel{};
+}
+
+}  // namespace sparsekit::cuda
