@@ -93,34 +93,40 @@ def on_both(caches, call) -> None:
 @pytest.mark.parametrize("options", FORMATS[:-1], ids=id_of)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_same_calls_make_the_same_cache(options, dtype):
-    for dim, seed in ((64, 0), (160, 1)):
-        pair = twins(dim=dim, dtype=dtype, capacity=700, **options)
-        cpu = pair[0]
+    for dim, heads in ((64, 1), (160, 2)):
+        same_calls(twins(dim=dim, dtype=dtype, capacity=700, **options), heads)
 
-        def append(count, counts=None):
-            key, value = tokens_of(cpu, count)
-            on_both(pair, lambda c: c.append(key.to(c.device), value.to(c.device), None if counts is None else counts.to(c.device)))
 
-        for count in (1, 3, 200, 1, 31, 1, 90):
-            append(count)
-            assert_same_cache(*pair)
-        append(50, torch.tensor([50, -3], dtype=torch.int32))
-        append(40, torch.tensor([0, 17], dtype=torch.int32))
+def same_calls(pair: tuple[KVCache, KVCache], keep_heads: int) -> None:
+    cpu = pair[0]
+
+    def append(count, counts=None):
+        key, value = tokens_of(cpu, count)
+        for cache in pair:
+            device = cache.device
+            cache.append(key.to(device), value.to(device), None if counts is None else counts.to(device))
+
+    for count in (1, 3, 200, 1, 31, 1, 90):
+        append(count)
         assert_same_cache(*pair)
-        on_both(pair, lambda c: c.crop(270))
-        assert_same_cache(*pair)
-        on_both(pair, lambda c: c.crop(torch.tensor([230, 101])))
-        append(70)
-        assert_same_cache(*pair)
-        keep = torch.rand(2, 2 if seed else 1, cpu.max_length) < 0.7
-        keep[0, 0, 64:200] = True
-        on_both(pair, lambda c: c.compact(keep.to(c.device)))
-        assert_same_cache(*pair)
-        append(150)
-        assert_same_cache(*pair)
-        on_both(pair, lambda c: c.reorder(torch.tensor([1, 0, 1])))
-        append(1)
-        assert_same_cache(*pair)
+    append(50, torch.tensor([50, -3], dtype=torch.int32))
+    append(40, torch.tensor([0, 17], dtype=torch.int32))
+    assert_same_cache(*pair)
+    on_both(pair, lambda c: c.crop(270))
+    assert_same_cache(*pair)
+    on_both(pair, lambda c: c.crop(torch.tensor([230, 101])))
+    append(70)
+    assert_same_cache(*pair)
+    keep = torch.rand(2, keep_heads, cpu.max_length) < 0.7
+    keep[0, 0, 64:200] = True
+    keep &= torch.arange(cpu.max_length) < cpu.seq_lengths()[:, :keep_heads, None]
+    on_both(pair, lambda c: c.compact(keep.to(c.device)))
+    assert_same_cache(*pair)
+    append(150)
+    assert_same_cache(*pair)
+    on_both(pair, lambda c: c.reorder(torch.tensor([1, 0, 1])))
+    append(1)
+    assert_same_cache(*pair)
 
 
 @pytest.mark.parametrize("table_heads", [1, 2])
@@ -243,7 +249,13 @@ def test_decode_is_bitwise_repeatable(bits):
 def test_the_scale_of_values_and_queries_does_not_matter():
     """fp16 operands in kernels: what would leave fp16 is brought back by powers of two."""
     for bits in (8, 4, 2, "fp8"):
-        for key_scale, value_scale, query_scale in ((1, 1e-4, 1), (1, 3e3, 1), (1e3, 1, 1e-3), (1e-3, 1, 1e3), (30, 1e4, 1e-30)):
+        for key_scale, value_scale, query_scale in (
+            (1, 1e-4, 1),
+            (1, 3e3, 1),
+            (1e3, 1, 1e-3),
+            (1e-3, 1, 1e3),
+            (30, 1e4, 1e-30),
+        ):
             cache = new_cache(1, 1, 128, torch.bfloat16, bits=bits, device="cuda", window=0)
             key, value = tokens_of(cache, 640)
             ramp = torch.linspace(0, 1, 640)[:, None] ** 4 + 1e-3  # the largest values come late
@@ -254,7 +266,9 @@ def test_the_scale_of_values_and_queries_does_not_matter():
             check_decode(query, *stored(cache), cache.seq_lengths().cpu(), [x.cpu() for x in got])
 
 
-@pytest.mark.parametrize("options", [FORMATS[0], FORMATS[1], FORMATS[4], FORMATS[5], {"bits": 4, "key_axis": "token"}], ids=id_of)
+@pytest.mark.parametrize(
+    "options", [FORMATS[0], FORMATS[1], FORMATS[4], FORMATS[5], {"bits": 4, "key_axis": "token"}], ids=id_of
+)
 def test_nan_shows_where_it_is_seen_and_nowhere_else(options):
     for spoiled in (0, 1):
         cache = new_cache(2, 2, 64, torch.bfloat16, device="cuda", **options)
@@ -277,7 +291,10 @@ def test_nan_shows_where_it_is_seen_and_nowhere_else(options):
 
 def test_a_step_in_a_graph():
     """Append and decode, captured once, replayed through several flushes; the capacity is fixed."""
-    eager, captured = (new_cache(4, 2, 128, torch.bfloat16, bits=4, group_size=64, window=64, capacity=1024, device="cuda") for _ in range(2))
+    eager, captured = (
+        new_cache(4, 2, 128, torch.bfloat16, bits=4, group_size=64, window=64, capacity=1024, device="cuda")
+        for _ in range(2)
+    )
     prompt = [x.cuda() for x in tokens_of(eager, 150)]
     key, value = (torch.zeros(4, 2, 1, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     query = torch.zeros(4, 8, 1, 128, dtype=torch.bfloat16, device="cuda")
@@ -332,7 +349,12 @@ def test_what_tensors_hold_is_never_trusted():
     plain = torch.randn(4, 2, 16, 64, dtype=torch.bfloat16, device="cuda")
     for lengths, pages in (([3, 33], [[0, 1], [2, 3]]), ([2**31 - 1, -4], [[0, 99], [-7, 1]])):
         lengths, pages = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (lengths, pages))
-        out = decode_attention(torch.randn(2, 4, 2, 64, dtype=torch.bfloat16, device="cuda"), (plain, plain), lengths=lengths, block_table=pages)
+        out = decode_attention(
+            torch.randn(2, 4, 2, 64, dtype=torch.bfloat16, device="cuda"),
+            (plain, plain),
+            lengths=lengths,
+            block_table=pages,
+        )
         assert out.isfinite().all()
     torch.cuda.synchronize()
 
@@ -357,7 +379,9 @@ def test_zero_sizes_and_refusals():
 
 
 def test_compiled_and_checked():
-    eager, compiled = (new_cache(1, 2, 64, torch.bfloat16, bits=4, window=32, capacity=512, device="cuda") for _ in range(2))
+    eager, compiled = (
+        new_cache(1, 2, 64, torch.bfloat16, bits=4, window=32, capacity=512, device="cuda") for _ in range(2)
+    )
 
     def step(key, value, query, tensors, table, layout):
         OPS.kv_cache_append(*tensors, table, layout, key, value)

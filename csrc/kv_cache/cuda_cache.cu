@@ -67,7 +67,8 @@ __device__ AppendPlan plan_append(const Append& a, int64_t b, int64_t h) {
   if (c.block_table && plan.fits && plan.flush > 0) {
     const int last = (plan.n.quantized + plan.flush - 1) / c.page_size;
     bool bad = false;
-    for (int i = plan.n.quantized / c.page_size + int(threadIdx.x); i <= last; i += kThreads) bad |= c.page(b, h, i) < 0;
+    for (int i = plan.n.quantized / c.page_size + int(threadIdx.x); i <= last; i += kThreads)
+      bad |= c.page(b, h, i) < 0;
     plan.fits = !__syncthreads_or(bad);
   }
   return plan;
@@ -88,9 +89,9 @@ __device__ __forceinline__ void flush_unit(const Append& a, const AppendPlan& pl
       pool.format, a.dtype, PER * kQuantizeWarps, slice,
       [&](int t) {
         const int token = first + t;
-        return token < held
-                   ? static_cast<const char*>(pool.window) + c.ring_row(b, h, token) * pool.format.dim * size
-                   : static_cast<const char*>(view.data) + (fresh + int64_t(token - held + plan.sinks) * view.row) * size;
+        return token < held ? static_cast<const char*>(pool.window) + c.ring_row(b, h, token) * pool.format.dim * size
+                            : static_cast<const char*>(view.data) +
+                                  (fresh + int64_t(token - held + plan.sinks) * view.row) * size;
       },
       x);
   quantize_tile<PER>(pool.format, PER * kQuantizeWarps, PER * kQuantizeWarps / kv_block, slice, x,
@@ -287,6 +288,19 @@ __global__ void __launch_bounds__(kThreads) compact_plan(const __grid_constant__
   }
 }
 
+/// Element d of kept token i, without the sinks. Out of line: compacting is rare, compiling is not.
+template <class Element>
+__device__ __noinline__ float kept_element(const Compact& a, bool value, int64_t head, int i, int d) {
+  const Cache& c = a.cache;
+  const Pool& pool = value ? c.value : c.key;
+  const CompactPlan plan = a.plans[head];
+  if (i >= plan.from_pages) return to_float(spare_row<Element>(a, pool, head, 0, i - plan.from_pages)[d]);
+  const int64_t b = head / c.heads, h = head % c.heads;
+  const int token = a.kept[head * a.count + plan.sinks + i] - lengths_of(c, b, h).sinks, unit = pool.format.unit;
+  const Place place = c.place(pool, b, h, token / unit * unit);
+  return place.codes ? element_of(pool.format, place, token % unit, d) : 0.f;
+}
+
 /// The units of one tensor and 128 channels, whose units have OWN tokens.
 template <class Element, int OWN>
 __device__ __forceinline__ void move_units(const Compact& a, const Pool& pool, int64_t head, int slice,
@@ -298,12 +312,7 @@ __device__ __forceinline__ void move_units(const Compact& a, const Pool& pool, i
   const CompactPlan plan = a.plans[head];
   const int32_t* kept = a.kept + head * a.count + plan.sinks;
   auto token_of = [&](int i) { return kept[i] - n.sinks; };
-  auto element = [&](int i, int d) {
-    if (i >= plan.from_pages) return to_float(spare_row<Element>(a, pool, head, 0, i - plan.from_pages)[d]);
-    const int token = token_of(i);
-    const Place place = c.place(pool, b, h, token / OWN * OWN);
-    return place.codes ? element_of(f, place, token % OWN, d) : 0.f;
-  };
+  auto element = [&](int i, int d) { return kept_element<Element>(a, f.value_layout, head, i, d); };
   const int channels = min(f.dim - slice * kSlice, kSlice), first = slice * kSlice;
   // What goes to the ring, before the pages are rewritten.
   for (int at = threadIdx.x; at < (plan.total - plan.packed) * channels; at += kThreads) {
@@ -324,15 +333,14 @@ __device__ __forceinline__ void move_units(const Compact& a, const Pool& pool, i
     if (!exact) {
       constexpr int kPer = OWN / kQuantizeWarps;
       float4 x[kPer];
-      const int d = first + threadIdx.x % 32 * 4, t = threadIdx.x / 32 * kPer;
 #pragma unroll
-      for (int k = 0; k < kPer; ++k) x[k] = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (d < f.dim) {
-#pragma unroll
-        for (int k = 0; k < kPer; ++k) {
-          const int i = start + t + k;
-          x[k] = make_float4(element(i, d), element(i, d + 1), element(i, d + 2), element(i, d + 3));
-        }
+      for (int k = 0; k < kPer; ++k) {
+        int t, d;
+        place_of<kPer>(f, k, &t, &d);
+        const int i = start + t;
+        x[k] = make_float4(0.f, 0.f, 0.f, 0.f);
+        d += first;
+        if (d < f.dim) x[k] = make_float4(element(i, d), element(i, d + 1), element(i, d + 2), element(i, d + 3));
       }
       quantize_tile<kPer>(f, OWN, OWN / kv_block, slice, x, to, shared);
       continue;
@@ -341,12 +349,13 @@ __device__ __forceinline__ void move_units(const Compact& a, const Pool& pool, i
       const int t = at / channels, d = at % channels, token = token_of(start + t);
       const Place from = c.place(pool, b, h, token / OWN * OWN);
       const uint8_t* block = from.codes + token % OWN / kv_block * f.block_bytes;
-      shared.codes[t * kByteRow + d] = from.codes ? uint8_t(code_at(f, block, token % kv_block, first + d)) : uint8_t(0);
+      shared.codes[t * kByteRow + d] =
+          from.codes ? uint8_t(code_at(f, block, token % kv_block, first + d)) : uint8_t(0);
     }
     // Scales: of a channel each, or of 32 tokens and a group each.
     const int scales = f.per_channel ? channels : OWN * groups;
-    uint16_t(*parameters)[kSlice / 32 * kMostTokens] =
-        reinterpret_cast<uint16_t(*)[kSlice / 32 * kMostTokens]>(shared.parameters);
+    uint16_t (*parameters)[kSlice / 32 * kMostTokens] =
+        reinterpret_cast<uint16_t (*)[kSlice / 32 * kMostTokens]>(shared.parameters);
     for (int at = threadIdx.x; at < scales; at += kThreads) {
       const int t = f.per_channel ? 0 : at % OWN, d = first + (f.per_channel ? at : at / OWN * f.group_size);
       const int token = token_of(start + t), index = f.scale_index(token % OWN, d);
@@ -409,8 +418,8 @@ Status check_heads(const Cache& c) {
 template <class Arguments>
 Status launch(const void* kernel, dim3 grid, const Arguments& arguments, const CudaContext& context, const char* what) {
   void* pointers[] = {const_cast<Arguments*>(&arguments)};
-  return status_of(cudaLaunchKernel(kernel, grid, dim3(kThreads), pointers, 0, static_cast<cudaStream_t>(context.stream)),
-                   what);
+  return status_of(
+      cudaLaunchKernel(kernel, grid, dim3(kThreads), pointers, 0, static_cast<cudaStream_t>(context.stream)), what);
 }
 
 template <int PER>
@@ -422,8 +431,9 @@ Status append_tokens(const Append& a, const CudaContext& context) {
   if (!quantizes) {
     const unsigned slices = unsigned(slices_of(c.key.format.dim) + slices_of(c.value.format.dim));
     if (heads > 65535) {
-      return error(Status::Kind::unsupported, "key: %lld tokens for %lld heads; supported for more than 65535 heads: %d",
-                   (long long)a.tokens, (long long)heads, kMostUnitsAtOnce * c.unit);
+      return error(Status::Kind::unsupported,
+                   "key: %lld tokens for %lld heads; supported for more than 65535 heads: %d", (long long)a.tokens,
+                   (long long)heads, kMostUnitsAtOnce * c.unit);
     }
     Status status = launch(reinterpret_cast<const void*>(&append_flush<PER>),
                            dim3(unsigned(units), unsigned(heads), slices), a, context, "kv_cache_append");
@@ -439,11 +449,14 @@ template <class Element>
 Status compact_heads(const Compact& a, const CudaContext& context) {
   const unsigned heads = unsigned(a.cache.batch * a.cache.heads);
   const unsigned slices = unsigned(slices_of(a.cache.key.format.dim) + slices_of(a.cache.value.format.dim));
-  Status status = launch(reinterpret_cast<const void*>(&compact_plan<Element>), dim3(heads), a, context, "kv_cache_compact");
+  Status status =
+      launch(reinterpret_cast<const void*>(&compact_plan<Element>), dim3(heads), a, context, "kv_cache_compact");
   if (status.ok())
-    status = launch(reinterpret_cast<const void*>(&compact_move<Element>), dim3(heads, slices), a, context, "kv_cache_compact");
+    status = launch(reinterpret_cast<const void*>(&compact_move<Element>), dim3(heads, slices), a, context,
+                    "kv_cache_compact");
   if (status.ok())
-    status = launch(reinterpret_cast<const void*>(&compact_settle<Element>), dim3(heads), a, context, "kv_cache_compact");
+    status =
+        launch(reinterpret_cast<const void*>(&compact_settle<Element>), dim3(heads), a, context, "kv_cache_compact");
   return status;
 }
 
@@ -453,11 +466,16 @@ int64_t aligned_bytes(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 
 Status kv_append(const KvAppend& arguments, const CudaContext& context) {
   Status status = kv_check(arguments.cache);
-  const Append a = {cache_on_device(arguments.cache), arguments.cache.dtype, arguments.tokens, arguments.key, arguments.value,
+  const Append a = {cache_on_device(arguments.cache),
+                    arguments.cache.dtype,
+                    arguments.tokens,
+                    arguments.key,
+                    arguments.value,
                     arguments.counts};
   if (status.ok()) status = check_heads(a.cache);
   if (!status.ok() || a.cache.batch * a.cache.heads == 0 || a.tokens == 0) return status;
-  if (a.tokens > (1 << 30)) return error(Status::Kind::unsupported, "key has %lld tokens; supported: up to 2^30", (long long)a.tokens);
+  if (a.tokens > (1 << 30))
+    return error(Status::Kind::unsupported, "key has %lld tokens; supported: up to 2^30", (long long)a.tokens);
   switch (a.cache.unit) {
     case 32: return append_tokens<4>(a, context);
     case 64: return append_tokens<8>(a, context);
@@ -490,7 +508,13 @@ Status kv_compact(const KvCompact& arguments, const CudaContext& context) {
   if (!status.ok()) return status;
   const int64_t heads = cache.batch * cache.heads, rows = heads * 2 * cache.ring() * size_of(cache.dtype);
   auto* at = static_cast<char*>(context.workspace);
-  Compact a = {cache_on_device(cache), arguments.keep, arguments.keep_heads, arguments.count, nullptr, nullptr, nullptr,
+  Compact a = {cache_on_device(cache),
+               arguments.keep,
+               arguments.keep_heads,
+               arguments.count,
+               nullptr,
+               nullptr,
+               nullptr,
                nullptr};
   status = check_heads(a.cache);
   if (!status.ok() || heads == 0) return status;

@@ -1,5 +1,6 @@
 // Before and after the decode kernels: scores filled with -inf; the states of a row's splits merged,
-//   lse = log sum_s total_s 2^largest_s,   out = sum_s 2^(largest_s - largest) acc_s / (sum of weights, and of the sink).
+//   lse = log sum_s total_s 2^largest_s,   out = sum_s 2^(largest_s - largest) acc_s / (sum of weights, and of the
+//   sink).
 //
 // A CTA of 128 threads per query row, a thread per channel; the states are few and come from L2. One launch of about
 // 2 us beside the 100 and more of the decode kernel.
@@ -19,7 +20,8 @@ using namespace sparsekit::cuda;
 constexpr int kThreads = 128, kFillThreads = 256;
 
 __global__ void __launch_bounds__(kFillThreads) fill(float* to, int64_t count) {
-  for (int64_t at = int64_t(blockIdx.x) * kFillThreads + threadIdx.x; at < count; at += int64_t(gridDim.x) * kFillThreads)
+  for (int64_t at = int64_t(blockIdx.x) * kFillThreads + threadIdx.x; at < count;
+       at += int64_t(gridDim.x) * kFillThreads)
     to[at] = -kInfinity;
 }
 
@@ -87,8 +89,8 @@ Status decode_cuda_launch(const CudaDecodeKernel& kernel, const DecodeAttention&
     d.kept = p.cache->dtype;
   } else {
     const PlainCache& c = *p.plain;
-    d.plain = {c.key,      c.value,    c.pages,     c.pages_per_head, c.page_size,   c.key_page, c.key_head,
-               c.key_token, c.value_page, c.value_head, c.value_token,   c.lengths, c.block_table};
+    d.plain = {c.key,       c.value,      c.pages,      c.pages_per_head, c.page_size, c.key_page,   c.key_head,
+               c.key_token, c.value_page, c.value_head, c.value_token,    c.lengths,   c.block_table};
     static const char nothing = 0;  // the address of an empty tensor is null; null means a packed cache here
     if (!d.plain.key) d.plain.key = &nothing;
     d.kept = c.dtype;

@@ -84,8 +84,8 @@ __device__ uint32_t load_chunk(const Decode& p, const Chunk& chunk, bool value, 
   if (threadIdx.x < kChunk)
     offsets[threadIdx.x] = int(threadIdx.x) < chunk.count ? row_offset(p, chunk, threadIdx.x, value) : -1;
   __syncthreads();
-  const void* data = p.packed() ? (value ? p.cache.value.window : p.cache.key.window)
-                                : (value ? p.plain.value : p.plain.key);
+  const void* data =
+      p.packed() ? (value ? p.cache.value.window : p.cache.key.window) : (value ? p.plain.value : p.plain.key);
   for (int at = threadIdx.x; at < kChunk * dim; at += kThreads) {
     const int t = at / dim, d = at % dim;
     rows[t * stride + d] = offsets[t] < 0 ? 0.f : load_any(data, offsets[t] + d, p.kept);
@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(kThreads) decode_simple(const __grid_constant_
   __shared__ int64_t offsets[kChunk];
   __shared__ float weights[kRows][kChunk], shrinks[kRows];
   const int widest = max(p.head_dim, p.value_dim), stride = widest + 1;
-  float* rows = shared;                         // [32][stride]
-  float* query = shared + kChunk * stride;      // [4][head_dim]
+  float* rows = shared;                     // [32][stride]
+  float* query = shared + kChunk * stride;  // [4][head_dim]
   const int split = blockIdx.x % p.splits, first_row = blockIdx.x / p.splits * kRows;
   const int64_t h = blockIdx.y, b = blockIdx.z;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = first_row + warp;
@@ -221,11 +221,11 @@ Status run(const Decode& decode, const CudaContext& context) {
   if (!status.ok()) return status;
   const int64_t row_blocks = (decode.rows + kRows - 1) / kRows;
   void* arguments[] = {const_cast<Decode*>(&decode)};
-  return status_of(cudaLaunchKernel(kernel,
-                                    dim3(unsigned(row_blocks * decode.splits), unsigned(decode.heads_kv),
-                                         unsigned(decode.batch)),
-                                    dim3(kThreads), arguments, bytes, static_cast<cudaStream_t>(context.stream)),
-                   "decode_attention");
+  return status_of(
+      cudaLaunchKernel(kernel,
+                       dim3(unsigned(row_blocks * decode.splits), unsigned(decode.heads_kv), unsigned(decode.batch)),
+                       dim3(kThreads), arguments, bytes, static_cast<cudaStream_t>(context.stream)),
+      "decode_attention");
 }
 
 }  // namespace

@@ -38,6 +38,15 @@ __device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
   return x;
 }
 
+__device__ __forceinline__ uint16_t load_shared_2(uint32_t address) {
+  uint16_t x;
+  asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(x) : "r"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_shared_2(uint32_t address, uint16_t x) {
+  asm volatile("st.shared.u16 [%0], %1;\n" ::"r"(address), "h"(x) : "memory");
+}
+
 /// The transpose of an 8x8 matrix of 16-bit elements: lane l held (row l / 4, columns 2 (l % 4) and + 1).
 __device__ __forceinline__ uint32_t transposed(uint32_t x) {
   uint32_t y;
@@ -47,16 +56,18 @@ __device__ __forceinline__ uint32_t transposed(uint32_t x) {
 
 __device__ __forceinline__ uint32_t bits_of(__half2 x) { return *reinterpret_cast<uint32_t*>(&x); }
 __device__ __forceinline__ __half2 half2_of(uint32_t x) { return *reinterpret_cast<__half2*>(&x); }
-__device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) { return bits_of(__hmul2(half2_of(a), half2_of(b))); }
+__device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
+  return bits_of(__hmul2(half2_of(a), half2_of(b)));
+}
 
 /// What a lane knows of its two query rows, columns 2t and 2t + 1 of every score tile.
 struct Columns {
-  int row[2];         // of the key head; rows past p.rows are computed and dropped
-  int limit[2];       // keys that it sees: those before this one
-  float factor[2];    // of a score as the products give it, times log2 e
+  int row[2];       // of the key head; rows past p.rows are computed and dropped
+  int limit[2];     // keys that it sees: those before this one
+  float factor[2];  // of a score as the products give it, times log2 e
   const float* bias[2];
   float* scores[2];
-  int least_limit;    // of all rows of the CTA
+  int least_limit;  // of all rows of the CTA
 };
 
 __device__ __forceinline__ Columns columns_of(const Decode& p, int64_t b, int64_t h, int first_row, int length) {
@@ -85,6 +96,26 @@ struct Softmax {
   int exponent;
 };
 
+/// What is rare: softcap, bias and scores that are asked for, for the scores of a tile in units of log2; `at` is the
+/// token of score x[4 s + 2 m + c / 2], or -1. Out of line, so that the loop around it stays in the instruction cache.
+template <int STEPS>
+__device__ __noinline__ void finish_scores(const Decode& p, const Columns& columns, float (&x)[STEPS * 8],
+                                           const int (&at)[STEPS * 4]) {
+  for (int i = 0; i < STEPS * 8; ++i) {
+    const int c = i % 2, token = at[i / 2];
+    float score = x[i] * kLn2;
+    if (p.softcap > 0.f) score = p.softcap * tanh_fast(score / p.softcap);
+    if (token >= 0 && token < columns.limit[c]) {
+      if (columns.bias[c] && token < p.bias_length) {
+        const float add = columns.bias[c][token];
+        score = add == -kInfinity ? -kInfinity : score + add;  // a hidden key reaches nothing, not even by a NaN
+      }
+      if (columns.scores[c] && token < p.scores_length) columns.scores[c][token] = score;
+    }
+    x[i] = score * kLog2e;
+  }
+}
+
 /// Scores of a tile to weights. x[s][m][c]: token `token(s, 2 m + c / 2)` of the head, column c % 2. `hidden(s, i)`
 /// says that a token is none. O is rescaled where a maximum grew.
 template <int STEPS, int TILES, class Token, class Hidden>
@@ -92,27 +123,20 @@ __device__ __forceinline__ void softmax_step(const Decode& p, const Columns& col
                                              float (&x)[STEPS][2][4], float (&out)[TILES][4], float (&extra)[4],
                                              const Token& token, const Hidden& hidden) {
   float factor[2] = {columns.factor[0], columns.factor[1]};
-  if (p.softcap > 0.f || p.key_bias || p.scores) {
+  if (__builtin_expect(p.softcap > 0.f || p.key_bias || p.scores, 0)) {
+    const Columns copy = columns;
+    float scores[STEPS * 8];
+    int at[STEPS * 4];
 #pragma unroll
-    for (int s = 0; s < STEPS; ++s) {
+    for (int i = 0; i < STEPS * 8; ++i) scores[i] = x[i / 8][i % 8 / 4][i % 4] * factor[i % 2];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int c = i % 2, a = i / 2, at = token(s, a);
-        float& score = x[s][i / 4][i % 4];
-        score *= factor[c] * kLn2;
-        if (p.softcap > 0.f) score = p.softcap * tanh_fast(score / p.softcap);
-        const bool seen = at < columns.limit[c] && !hidden(s, a);
-        if (seen && columns.bias[c] && at < p.bias_length) {
-          const float add = columns.bias[c][at];
-          score = add == -kInfinity ? -kInfinity : score + add;  // a hidden key reaches nothing, not even by a NaN
-        }
-        if (seen && columns.scores[c] && at < p.scores_length) columns.scores[c][at] = score;
-        score *= kLog2e;
-      }
-    }
+    for (int i = 0; i < STEPS * 4; ++i) at[i] = hidden(i / 4, i % 4) ? -1 : token(i / 4, i % 4);
+    finish_scores<STEPS>(p, copy, scores, at);
+#pragma unroll
+    for (int i = 0; i < STEPS * 8; ++i) x[i / 8][i % 8 / 4][i % 4] = scores[i];
     factor[0] = factor[1] = 1.f;
   }
-  if (masks) {
+  if (__builtin_expect(masks, 0)) {
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
 #pragma unroll
@@ -165,9 +189,9 @@ __device__ __forceinline__ void softmax_step(const Decode& p, const Columns& col
   }
 }
 
-/// The end of a CTA: merges its warps and writes the split's state. `channel(i)` is the channel of out[i][0, 1]; that of
-/// out[i][2, 3] is the next. out is final but for the factor 2^-exponent. Shared memory: kDecodeWarps * (DIM * 9 + 16)
-/// floats. Every thread calls it.
+/// The end of a CTA: merges its warps and writes the split's state. `channel(i)` is the channel of out[i][0, 1]; that
+/// of out[i][2, 3] is the next. out is final but for the factor 2^-exponent. Shared memory: kDecodeWarps * (DIM * 9 +
+/// 16) floats. Every thread calls it.
 template <int DIM, int TILES, class Channel>
 __device__ __forceinline__ void finish_split(const Decode& p, int64_t b, int64_t h, int slot, int first_row,
                                              const Softmax& state, const float (&out)[TILES][4], const Channel& channel,
@@ -227,8 +251,8 @@ constexpr size_t finish_bytes(int dim) { return sizeof(float) * kDecodeWarps * (
 /// Rows of one head in 16-bit elements, in tiles of 32 tokens.
 /// A key tile in its slot: for (token 4 g + a, channels 32 q + 8 t ..) 16 bytes at ((a * DIM / 32 + q) * 32 + lane).
 /// A value tile: for (token 8 t + i, channels 64 q + 8 g ..) at ((q * 8 + i) * 32 + lane).
-/// Row i < tokens is token number `number(i)` of a head of `length`, and stands at element `offset(i, value)` of keys or
-/// values; negative: its page is out of range.
+/// Row i < tokens is token number `number(i)` of a head of `length`, and stands at element `offset(i, value)` of keys
+/// or values; negative: its page is out of range.
 template <class Element, int DIM, int SLOTS, class Number, class Offset>
 __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t h, int slot, int first_row, int length,
                                             int tokens, const Number& number, Share share, const void* keys,
@@ -271,17 +295,17 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
 #pragma unroll
         for (int a = 0; a < 4; ++a) {
           const int64_t from = __shfl_sync(kAllLanes, row, 4 * g + a);
+          const Element* at = data + max(from, int64_t(0)) + 8 * t;
 #pragma unroll
-          for (int q = 0; q < DIM / 32; ++q)
-            copy_async_16(to + (a * (DIM / 32) + q) * 512, data + (from < 0 ? 0 : from + 32 * q + 8 * t), from >= 0);
+          for (int q = 0; q < DIM / 32; ++q) copy_async_16(to + (a * (DIM / 32) + q) * 512, at + 32 * q, from >= 0);
         }
       } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int64_t from = __shfl_sync(kAllLanes, row, 8 * t + i);
+          const Element* at = data + max(from, int64_t(0)) + 8 * g;
 #pragma unroll
-          for (int q = 0; q < DIM / 64; ++q)
-            copy_async_16(to + (q * 8 + i) * 512, data + (from < 0 ? 0 : from + 64 * q + 8 * g), from >= 0);
+          for (int q = 0; q < DIM / 64; ++q) copy_async_16(to + (q * 8 + i) * 512, at + 64 * q, from >= 0);
         }
       }
     }
@@ -322,7 +346,8 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
         [&](int, int a) { return !(exist >> (4 * g + a) & 1); });
     uint32_t weights[4];  // B: column g, tokens (8 t + a, 8 t + a + 4)
 #pragma unroll
-    for (int a = 0; a < 4; ++a) weights[a] = transposed(pack<Element>(x[0][a / 2][a % 2 * 2], x[0][a / 2][a % 2 * 2 + 1]));
+    for (int a = 0; a < 4; ++a)
+      weights[a] = transposed(pack<Element>(x[0][a / 2][a % 2 * 2], x[0][a / 2][a % 2 * 2 + 1]));
     // Values of tokens without any weight are not multiplied: they may be NaN.
     uint32_t used = 0;
 #pragma unroll
@@ -348,7 +373,12 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         v[i] = load_shared(value + (q * 8 + i) * 512);
-        if (drops && !(used >> i & 1)) v[i] = make_uint4(0, 0, 0, 0);
+      }
+      if (__builtin_expect(drops, 0)) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if (!(used >> i & 1)) v[i] = make_uint4(0, 0, 0, 0);
+        }
       }
 #pragma unroll
       for (int u = 0; u < 4; ++u) {

@@ -4,19 +4,18 @@
 // tensor cores multiply at full speed): one AND makes the A operand of two codes, no exponent is inserted and nothing
 // subtracted. What stands higher in the half is larger by a power of two, which the other operand takes back. Per 64
 // codes of 4 bits a lane spends 5 instructions of 8 codes; 2 bits 9 of 16; 8 bits 2 of 4; 3 bits 26 of 16; fp8 7 of 4.
-// KEYS per channel: score = sum_d (q_d scale_d) code_d + sum_d q_d minimum_d. q is brought to |q| < 1 by a power of two
-// per row, q * scale is kept as two halves (product and exact remainder of an fma: 22 bits, like the CPU's factors),
-// and the second sum is the same for a whole group: one product with A = the minima in every row. KEYS per token: the
-// products of a group of channels, times the token's scale, in fp32. VALUES: the token's scale goes to the weight (as
-// fp16, 11 bits); sum_t weight minimum is a product whose A has the groups' minima as rows. Symmetric formats: the
-// scale is the minimum, times -2^(bits - 1) at the end.
-// RANGE. Weights are 2^15 at most; where a tile's largest scale would take weight * scale beyond fp16, the exponent of
-// everything summed so far goes down (rare, one vote per tile; so is a NaN scale, the mark of a poisoned group, whose
-// products are kept from rows that do not see it).
+// KEYS per channel: score = sum_d (q_d scale_d) code_d + sum_d q_d minimum_d. q is brought to |q| < 2^a by a power of
+// two per row, where a suits the scales met so far; q * scale is kept as two halves (product and exact remainder of an
+// fma: 22 bits, like the CPU's factors), and the second sum is the same for a whole group: one product with A = the
+// minima in every row. KEYS per token: the products of a group of channels, times the token's scale, in fp32. VALUES:
+// the token's scale goes to the weight (as fp16, 11 bits); sum_t weight minimum is a product whose A has the groups'
+// minima as rows. Symmetric formats: the scale is the minimum, times -2^(bits - 1) at the end. RANGE. Weights are 2^15
+// at most; where a tile's largest scale would take weight * scale beyond fp16, the exponent of everything summed so far
+// goes down (rare; one vote per tile, which finds NaN scales as well).
 //
-// TILES. 64 tokens (8 bits: 32), a ring of 4 slots per warp, keys and values in turn. Lane (g, t) = (lane / 4, lane % 4)
-// of step s takes 4 neighbouring tokens, chunk(g, s): 8 s + g, but with 2 and 3 bits, whose value words hold 16 tokens,
-// 4 (g / 2) + 2 s + g % 2, so that lane t gets weights of the 16 tokens 16 t .. of its words.
+// TILES. 64 tokens (8 bits: 32), a ring of 4 slots per warp, keys and values in turn. Lane (g, t) = (lane / 4, lane %
+// 4) of step s takes 4 neighbouring tokens, chunk(g, s): 8 s + g, but with 2 and 3 bits, whose value words hold 16
+// tokens, 4 (g / 2) + 2 s + g % 2, so that lane t gets weights of the 16 tokens 16 t .. of its words.
 #pragma once
 
 #include "kv_cache/cuda_decode_sm80.cuh"
@@ -69,12 +68,12 @@ template <int BITS, int DIM, bool CHANNEL, bool HALVES>
 struct PackedDecode {
   using C = Codes<BITS>;
   static constexpr int kTokens = C::kTokens, kBlocks = kTokens / 32, kSlots = 4;
-  static constexpr int kLoads = DIM * C::kPlane / 128;   // of 16 bytes of a lane, per 32 tokens of keys
-  static constexpr int kTiles = DIM / 16;                // of out
-  static constexpr int kCodeLoads = kLoads * kBlocks;    // of a tile of keys, or values
+  static constexpr int kLoads = DIM * C::kPlane / 128;  // of 16 bytes of a lane, per 32 tokens of keys
+  static constexpr int kTiles = DIM / 16;               // of out
+  static constexpr int kCodeLoads = kLoads * kBlocks;   // of a tile of keys, or values
   static constexpr int kCodeBytes = kCodeLoads * 512 * (C::kHigh ? 2 : 1);
   static constexpr int kGroups = CHANNEL ? (HALVES ? 2 : 1) : 0;  // key groups of a tile, per channel
-  static constexpr int kWords = 32 / C::kPlane;          // channels (tokens) of a word
+  static constexpr int kWords = 32 / C::kPlane;                   // channels (tokens) of a word
 
   /// Bytes of a slot: codes, then scales and minima of keys or of values.
   static __host__ __device__ int parameter_bytes(int group_size) {
@@ -92,9 +91,10 @@ struct PackedDecode {
   const uint32_t ring;  // of this warp
   const int slot_size;
   Columns columns;
-  float units[2];                                  // scores are products times this: base of the minima
-  uint32_t query[kLoads][C::kSteps][2];            // B: column g, channels as the codes have them, times 2^-shift
-  float sums[CHANNEL ? 1 : 4][2];                  // per token: sum of q over a group of channels, times -2^(b-1) or 1
+  float base_unit;                       // of the minima's products, in units of the codes'
+  int exponent;                          // |q| < 2^exponent: per channel 15 before the first tile, else 0
+  uint32_t query[kLoads][C::kSteps][2];  // B: column g, channels as the codes have them, times 2^-shift
+  float sums[CHANNEL ? 1 : 4][2];        // per token: sum of q over a group of channels, times -2^(b-1) or 1
   Softmax state;
   float out[kTiles][4], extra[4];
 
@@ -115,49 +115,59 @@ struct PackedDecode {
   /// The first of this lane's 8 tokens of step s, as the values' product has them.
   __device__ __forceinline__ int tokens_of(int s) const { return C::kMixed ? 16 * t + 8 * s : 32 * s + 8 * t; }
 
-  __device__ __forceinline__ float q_at(const void* data, int64_t at) const {
-    return p.dtype == DType::bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(data)[at])
-                                  : __half2float(static_cast<const __half*>(data)[at]);
-  }
-
   __device__ __forceinline__ void load_query() {
     const int row = first_row + g;
     const bool used = row < p.rows;
     const int64_t from = used ? p.query_row(b, h, row) : 0;
-    float largest = 0.f;
-    for (int d = t; d < DIM; d += 4) largest = fmaxf(largest, used ? fabsf(q_at(p.query.data, from + d)) : 0.f);
+    // Elements of each word's channels, 4 at a time.
+    constexpr int kQuads = DIM / 16;
+    float x[kQuads][4], largest = 0.f;
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      const int64_t at = from + (4 * (i / C::kSteps) + t) * kWords + 4 * (i % C::kSteps);
+      const uint2 raw =
+          used ? *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p.query.data) + at) : make_uint2(0, 0);
+      const uint16_t halves[4] = {uint16_t(raw.x), uint16_t(raw.x >> 16), uint16_t(raw.y), uint16_t(raw.y >> 16)};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        x[i][c] = p.dtype == DType::bf16 ? __uint_as_float(uint32_t(halves[c]) << 16) : half_value(halves[c]);
+        largest = fmaxf(largest, fabsf(x[i][c]));
+      }
+    }
     largest = row_max(largest);
     // 2^k that brings |q| below 1.
-    const int exponent = min(int(__float_as_uint(largest) >> 23), 252);
-    const float down = __uint_as_float(uint32_t(253 - exponent) << 23);
+    const int high = min(int(__float_as_uint(largest) >> 23), 252);
+    float down = __uint_as_float(uint32_t(253 - high) << 23);
+    const float up = 1.f / down;
+    exponent = CHANNEL ? 15 : 0;
+    down *= float(1 << exponent);
     const float sign = p.scale < 0.f ? -down : down;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
 #pragma unroll
       for (int j = 0; j < C::kSteps; ++j) {
-        const int d = (4 * i + t) * kWords + 4 * j;
         const float shift = sign * (1.f / float(1 << C::shift(j)));
-        float x[4];
-#pragma unroll
-        for (int c = 0; c < 4; ++c) x[c] = used ? q_at(p.query.data, from + d + c) * shift : 0.f;
-        query[i][j][0] = pack<__half>(x[0], x[2]);
-        query[i][j][1] = pack<__half>(x[1], x[3]);
+        const float (&quad)[4] = x[i * C::kSteps + j];
+        query[i][j][0] = pack<__half>(quad[0] * shift, quad[2] * shift);
+        query[i][j][1] = pack<__half>(quad[1] * shift, quad[3] * shift);
       }
     }
     columns = columns_of(p, b, h, first_row, n.total());
-    const float up = 1.f / down;
+    const float unit = magnitude_of(p.scale) * kLog2e * C::kUnit / float(1 << exponent);
 #pragma unroll
-    for (int c = 0; c < 2; ++c)
-      columns.factor[c] = __shfl_sync(kAllLanes, up, 8 * t + 4 * c) * magnitude_of(p.scale) * kLog2e * C::kUnit;
+    for (int c = 0; c < 2; ++c) columns.factor[c] = __shfl_sync(kAllLanes, up, 8 * t + 4 * c) * unit;
     const Format& f = p.cache.key.format;
     const float base = (f.symmetric ? -float(1 << (BITS > 0 ? BITS - 1 : 0)) : 1.f) / C::kUnit;
-    units[0] = units[1] = base;
+    base_unit = base;
     if (!CHANNEL) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         float sum = 0.f;
-        for (int d = k * f.group_size + t; d < min(DIM, (k + 1) * f.group_size); d += 4)
-          sum += used ? q_at(p.query.data, from + d) * sign : 0.f;
+#pragma unroll
+        for (int i = 0; i < kQuads; ++i) {
+          const int group = ((4 * (i / C::kSteps) + t) * kWords + 4 * (i % C::kSteps)) / f.group_size;
+          if (group == k) sum += (x[i][0] + x[i][1] + (x[i][2] + x[i][3])) * sign;
+        }
         sum = row_sum(sum) * base;
 #pragma unroll
         for (int c = 0; c < 2; ++c) sums[CHANNEL ? 0 : k][c] = __shfl_sync(kAllLanes, sum, 8 * t + 4 * c);
@@ -173,85 +183,117 @@ struct PackedDecode {
     for (int c = 0; c < 4; ++c) extra[c] = 0.f;
   }
 
-  /// Where block `block` (32 tokens) of a tile stands in its pool, or -1.
-  __device__ __forceinline__ int64_t block_of(int token) const {
+  /// Blocks of the tile that is copied next, or -1; of this warp's tiles in turn, without a division each.
+  struct Cursor {
+    int token, page, in_page;     // of the tile's first block; in_page in blocks
+    int page_step, in_page_step;  // from tile to tile
+    int64_t blocks[2];
+    uint32_t absent, absent_before;  // bit s: block s of the newest tile, and of the one before it, is none
+  } cursor;
+
+  __device__ __forceinline__ void start_cursor(int token) {
+    const int blocks = p.cache.page_size / kv_block;
+    cursor.token = token;
+    cursor.page = token / kv_block / blocks;
+    cursor.in_page = token / kv_block % blocks;
+    cursor.page_step = kDecodeWarps * kBlocks / blocks;
+    cursor.in_page_step = kDecodeWarps * kBlocks % blocks;
+    cursor.absent = 0;
+  }
+  __device__ __forceinline__ void next_tile() {
     const Cache& c = p.cache;
-    if (token >= n.quantized) return -1;
-    const int64_t page = c.page(b, h, token / c.page_size);
-    const int64_t at = page * c.page_heads + (c.page_heads == 1 ? 0 : h);
-    return page < 0 ? -1 : at * (c.page_size / kv_block) + token % c.page_size / kv_block;
+    const int blocks = c.page_size / kv_block;
+    cursor.absent_before = cursor.absent;
+    cursor.absent = 0;
+#pragma unroll
+    for (int s = 0; s < kBlocks; ++s) {
+      const int in_page = cursor.in_page + s < blocks ? cursor.in_page + s : 0;
+      const int page = cursor.in_page + s < blocks ? cursor.page : cursor.page + 1;
+      const int64_t number = cursor.token + 32 * s < n.quantized ? c.page(b, h, page) : -1;
+      cursor.blocks[s] = number < 0 ? -1 : (number * c.page_heads + (c.page_heads == 1 ? 0 : h)) * blocks + in_page;
+      cursor.absent |= uint32_t(number < 0) << s;
+    }
+    cursor.token += kDecodeWarps * kTokens;
+    cursor.page += cursor.page_step;
+    cursor.in_page += cursor.in_page_step;
+    if (cursor.in_page >= blocks) {
+      cursor.in_page -= blocks;
+      ++cursor.page;
+    }
   }
 
-  /// Starts the copies of a tile of keys or values into a slot.
-  __device__ __forceinline__ void copy_tile(int slot, int start, bool value) const {
+  /// Which 16 bytes of a tile's scales and minima this lane copies: chunk `number` of [block or group][2][...]. `from`
+  /// is where it stands in block (group) 0 of the pool; null: none.
+  struct Part {
+    const uint16_t* from;
+    int of, second;
+  };
+  __device__ __forceinline__ Part part_of(const Pool& pool, int number, int each, int count) const {
+    const int of = number / (2 * each), second = number % (2 * each) / each;
+    const uint16_t* from = of >= count ? nullptr : second ? pool.minima : pool.scales;
+    return {from ? from + number % each * 8 : nullptr, of, second};
+  }
+  /// Chunks per scales (or minima) of a block, or of a group of keys per channel.
+  __device__ __forceinline__ int each_of(bool value) const {
+    return !value && CHANNEL ? DIM / 8 : p.cache.value.format.groups * 4;
+  }
+  Part key_part, value_part;
+
+  /// Starts the copies of the cursor's tile of keys or values into a slot.
+  __device__ __forceinline__ void copy_tile(int slot, bool value) const {
     const Pool& pool = value ? p.cache.value : p.cache.key;
     const Format& f = pool.format;
-    int64_t blocks[2] = {-1, -1};
-#pragma unroll
-    for (int s = 0; s < kBlocks; ++s) blocks[s] = block_of(start + 32 * s);
     const uint32_t to = ring + slot * slot_size + lane * 16;
-    auto copy = [&](uint32_t at, int64_t block, int offset) {
-      copy_async_16(to + at, block < 0 ? pool.codes : pool.codes + block * f.block_bytes + offset, block >= 0);
-    };
+    auto base = [&](int64_t block, int offset) { return pool.codes + max(block, int64_t(0)) * f.block_bytes + offset; };
     if (!value) {
 #pragma unroll
       for (int s = 0; s < kBlocks; ++s) {
-        const int64_t block = !C::kMixed ? blocks[s] : g >> 2 ? blocks[1] : blocks[0];
+        const int64_t block = !C::kMixed ? cursor.blocks[s] : g >> 2 ? cursor.blocks[1] : cursor.blocks[0];
         const int column = (chunk(s) & 7) * 16;
+        const uint8_t* from = base(block, t * 128 + column);
+        const uint8_t* high = base(block, 8 * DIM + t / 2 * 128 + column);
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
-          const int row = 4 * i + t;
-          copy((i * kBlocks + s) * 512, block, row * 128 + column);
-          if (C::kHigh) copy((kCodeLoads + i * kBlocks + s) * 512, block, 8 * DIM + row / 2 * 128 + column);
+          copy_async_16(to + (i * kBlocks + s) * 512, from + i * 512, block >= 0);
+          if (C::kHigh) copy_async_16(to + (kCodeLoads + i * kBlocks + s) * 512, high + i * 256, block >= 0);
         }
       }
     } else if (C::kMixed) {
-      const int64_t block = t >> 1 ? blocks[1] : blocks[0];
+      const int64_t block = t >> 1 ? cursor.blocks[1] : cursor.blocks[0];
+      const uint8_t* from = base(block, ((t & 1) * DIM + 4 * g) * 4);
+      const uint8_t* high = base(block, 8 * DIM + 4 * g * 4);
 #pragma unroll
       for (int q = 0; q < DIM / 32; ++q) {
-        copy(q * 512, block, ((t & 1) * DIM + 32 * q + 4 * g) * 4);
-        if (C::kHigh) copy((kCodeLoads + q) * 512, block, 8 * DIM + (32 * q + 4 * g) * 4);
+        copy_async_16(to + q * 512, from + q * 128, block >= 0);
+        if (C::kHigh) copy_async_16(to + (kCodeLoads + q) * 512, high + q * 128, block >= 0);
       }
     } else {
+      constexpr int kRows = 2 / C::kSteps > 0 ? 2 / C::kSteps : 1;  // of words, per lane
 #pragma unroll
       for (int s = 0; s < kBlocks; ++s) {
+        const int64_t block = cursor.blocks[s];
+        const uint8_t* from = base(block, (t * kRows * DIM + 4 * g) * 4);
 #pragma unroll
         for (int q = 0; q < DIM / 32; ++q) {
 #pragma unroll
-          for (int k = 0; k < 2 / C::kSteps; ++k)
-            copy(((q * kBlocks + s) * (2 / C::kSteps) + k) * 512, blocks[s],
-                 ((t * (2 / C::kSteps) + k) * DIM + 32 * q + 4 * g) * 4);
+          for (int k = 0; k < kRows; ++k)
+            copy_async_16(to + ((q * kBlocks + s) * kRows + k) * 512, from + (k * DIM + 32 * q) * 4, block >= 0);
         }
       }
     }
     // Scales, then minima: per channel [group][2][DIM], per token [block][2][groups][32].
-    if (!value && CHANNEL) {
-      constexpr int kEach = DIM / 8;
-#pragma unroll
-      for (int k = 0; k < kGroups; ++k) {
-        const int64_t block = blocks[k];
-        // A group of a page stands behind those before it; block / blocks of a group is its number in the pool.
-        const int64_t group = block < 0 ? 0 : block / (f.group_size / kv_block);
-        for (int i = lane; i < 2 * kEach; i += 32) {
-          const uint16_t* from = i < kEach ? pool.scales : pool.minima;
-          if (i >= kEach && !from) break;
-          copy_async_16(ring + slot * slot_size + kCodeBytes + (k * 2 * kEach + i) * 16,
-                        block < 0 ? from : from + group * DIM + i % kEach * 8, block >= 0);
-        }
-      }
-    } else {
-      const int each = f.groups * 4;
-#pragma unroll
-      for (int s = 0; s < kBlocks; ++s) {
-        for (int i = lane; i < 2 * each; i += 32) {
-          const bool second = i >= each;
-          const uint16_t* from = second ? pool.minima : pool.scales;
-          if (second && !from) break;
-          copy_async_16(ring + slot * slot_size + kCodeBytes + (s * 2 * each + i) * 16,
-                        blocks[s] < 0 ? from : from + blocks[s] * f.groups * 32 + (second ? i - each : i) * 8,
-                        blocks[s] >= 0);
-        }
-      }
+    const bool channel = !value && CHANNEL;
+    const int each = each_of(value), count = channel ? kGroups : kBlocks;
+#pragma unroll 1
+    for (int first = 0; first < 2 * each * count; first += 32) {
+      const Part part = first > 0 ? part_of(pool, first + lane, each, count) : value ? value_part : key_part;
+      const int64_t block = part.of ? cursor.blocks[1] : cursor.blocks[0];
+      const int64_t at = channel ? (block >> (f.group_size == 32   ? 0
+                                              : f.group_size == 64 ? 1
+                                                                   : 2)) *
+                                       DIM
+                                 : block * (f.groups * 32);
+      if (part.from) copy_async_16(to + kCodeBytes + first * 16, block < 0 ? part.from : part.from + at, block >= 0);
     }
   }
 
@@ -304,7 +346,51 @@ struct PackedDecode {
     }
   }
 
-  __device__ __forceinline__ void scores_per_channel(uint32_t slot, float (&x)[kBlocks][2][4]) const {
+  /// Largest of the scales that this lane copied, NaN where one is.
+  __device__ __forceinline__ __half2 largest_scales(uint32_t slot, bool value) const {
+    const Pool& pool = value ? p.cache.value : p.cache.key;
+    const int each = each_of(value), count = !value && CHANNEL ? kGroups : kBlocks;
+    __half2 most = __float2half2_rn(0.f);
+#pragma unroll 1
+    for (int first = 0; first < 2 * each * count; first += 32) {
+      const Part part = first > 0 ? part_of(pool, first + lane, each, count) : value ? value_part : key_part;
+      if (!part.from || part.second) continue;
+      const uint4 x = load_shared(slot + kCodeBytes + (first + lane) * 16);
+      most = __hmax2_nan(
+          most, __hmax2_nan(__hmax2_nan(half2_of(x.x), half2_of(x.y)), __hmax2_nan(half2_of(x.z), half2_of(x.w))));
+    }
+    return most;
+  }
+
+  /// Brings q * scale to 2^12 at most for the largest scale of a tile: 2^4 below the end of fp16, far above subnormals.
+  __device__ __forceinline__ void fit_query(const __half2& most) {
+    float largest = fmaxf(__low2float(most), __high2float(most));  // NaN, the mark of a poisoned group, does not count
+    largest = largest <= kHalfLargest ? largest : 0.f;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
+    const int fits = min(max(12 + 126 - int(__float_as_uint(largest) >> 23), 0), exponent);
+    if (fits == exponent) return;
+    const float down = __uint_as_float(uint32_t(127 + fits - exponent) << 23);
+    const uint32_t half_down = pack<__half>(down, down);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+#pragma unroll
+      for (int j = 0; j < C::kSteps; ++j) {
+        query[i][j][0] = multiply(query[i][j][0], half_down);
+        query[i][j][1] = multiply(query[i][j][1], half_down);
+      }
+    }
+    columns.factor[0] /= down;
+    columns.factor[1] /= down;
+    exponent = fits;
+  }
+
+  __device__ __forceinline__ void scores_per_channel(uint32_t slot, bool first, float (&x)[kBlocks][2][4]) {
+    // One vote: would q * scale leave fp16?
+    const __half2 most = largest_scales(slot, false);
+    const float bound = __uint_as_float(uint32_t(127 + 15 - exponent) << 23);
+    const bool fits = !first && __low2float(most) <= bound && __high2float(most) <= bound;
+    if (__builtin_expect(__any_sync(kAllLanes, !fits), 0)) fit_query(most);
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
       const uint32_t scales = slot + kCodeBytes + k * DIM * 4;
@@ -325,7 +411,7 @@ struct PackedDecode {
 #pragma unroll
         for (int j = 0; j < C::kSteps; ++j) {
 #pragma unroll
-          for (int c = 0; c < 2; ++c) base[c] += sum[j][c] * (units[c] * float(1 << C::shift(j)));
+          for (int c = 0; c < 2; ++c) base[c] += sum[j][c] * (base_unit * float(1 << C::shift(j)));
         }
       }
       float y[kBlocks][2][4];
@@ -350,7 +436,7 @@ struct PackedDecode {
 #pragma unroll
         for (int s = 0; s < kBlocks; ++s) {
           if (HALVES && !C::kMixed && s != k) continue;
-          each_product(slot, i, s, [&](const uint32_t(&a)[4], int j, int m) {
+          each_product(slot, i, s, [&](const uint32_t (&a)[4], int j, int m) {
             mma_m16n8k16<__half>(y[s][m], a, factors[j][0], factors[j][1]);
             mma_m16n8k16<__half>(y[s][m], a, rest[j][0], rest[j][1]);
           });
@@ -380,7 +466,7 @@ struct PackedDecode {
     for (int i = 0; i < kLoads; ++i) {
 #pragma unroll
       for (int s = 0; s < kBlocks; ++s) {
-        each_product(slot, i, s, [&](const uint32_t(&a)[4], int j, int m) {
+        each_product(slot, i, s, [&](const uint32_t (&a)[4], int j, int m) {
           mma_m16n8k16<__half>(y[s][m], a, query[i][j][0], query[i][j][1]);
         });
       }
@@ -402,7 +488,9 @@ struct PackedDecode {
         for (int a = 0; a < 4; ++a) {
           const uint32_t pair = a < 2 ? scales.x : scales.y, low_pair = a < 2 ? low.x : low.y;
           const float scale = a % 2 ? __high2float(half2_of(pair)) : __low2float(half2_of(pair));
-          const float minimum = C::kFp8 ? 0.f : a % 2 ? __high2float(half2_of(low_pair)) : __low2float(half2_of(low_pair));
+          const float minimum = C::kFp8 ? 0.f
+                                : a % 2 ? __high2float(half2_of(low_pair))
+                                        : __low2float(half2_of(low_pair));
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             float& score = x[s][a / 2][a % 2 * 2 + c];
@@ -414,17 +502,22 @@ struct PackedDecode {
     }
   }
 
-  /// Looks at the scales of a tile of values. Lowers the exponent where weight * scale would leave fp16. Returns
-  /// whether a scale is NaN.
-  __device__ __forceinline__ bool rare_scales(uint32_t slot, int halves, uint32_t (&weights)[kBlocks][4]) {
+  /// Lowers the exponent where weight * scale would leave fp16. A NaN scale, the mark of a poisoned group, goes to the
+  /// outputs of the rows that see it, and leaves the slot.
+  __device__ __forceinline__ void rare_scales(uint32_t slot, uint32_t (&weights)[kBlocks][4]) {
+    const Format& f = p.cache.value.format;
+    const uint32_t scales = slot + kCodeBytes;
+    const int halves = kTokens * f.groups * (f.minima ? 2 : 1);  // without minima: every second row of `groups`
+    auto address = [&](int at) {
+      const int row = at / 32;  // [block][2][groups], or [block][groups]
+      return scales + (f.minima ? at : (row / f.groups * 2 * f.groups + row % f.groups) * 32 + at % 32) * 2;
+    };
     float largest = 0.f;
     bool poison = false;
-    const int groups = p.cache.value.format.groups;
+#pragma unroll 1
     for (int at = lane; at < halves; at += 32) {
-      const int s = at / (groups * 32), i = at % (groups * 32);
-      uint16_t raw;
-      asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(raw) : "r"(slot + kCodeBytes + (s * 2 * groups * 32 + i) * 2) : "memory");
-      const float scale = fabsf(half_value(raw));
+      const bool minimum = f.minima && at / 32 % (2 * f.groups) >= f.groups;
+      const float scale = minimum ? 0.f : fabsf(half_value(load_shared_2(address(at))));
       poison |= !(scale <= kHalfLargest);
       largest = fmaxf(largest, scale <= kHalfLargest ? scale : 0.f);
     }
@@ -451,25 +544,51 @@ struct PackedDecode {
         for (int c = 0; c < 4; ++c) out[i][c] *= down;
       }
     }
-    return __any_sync(kAllLanes, poison);
+    if (!__any_sync(kAllLanes, poison)) return;
+#pragma unroll 1
+    for (int k = 0; k < f.groups; ++k) {
+      bool seen = false;  // of column g
+      for (int s = 0; s < kBlocks; ++s) {
+        for (int i = 0; i < 8; ++i) {
+          const int token = tokens_of(s) + i;
+          const float scale = half_value(load_shared_2(scales + (token / 32 * 2 * f.groups + k) * 64 + token % 32 * 2));
+          uint32_t weight = 0;
+#pragma unroll
+          for (int a = 0; a < 4; ++a) {
+#pragma unroll
+            for (int other = 0; other < kBlocks; ++other)
+              weight = a == i % 4 && other == s ? weights[other][a] : weight;
+          }
+          seen |= !(fabsf(scale) <= kHalfLargest) && (i < 4 ? weight & 0x7fff : weight & 0x7fff0000) != 0;
+        }
+      }
+      uint32_t spoiled = seen;
+      spoiled |= __shfl_xor_sync(kAllLanes, spoiled, 1);
+      spoiled |= __shfl_xor_sync(kAllLanes, spoiled, 2);
+      const uint32_t first = __shfl_sync(kAllLanes, spoiled, 8 * t),
+                     second = __shfl_sync(kAllLanes, spoiled, 8 * t + 4);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        if (i / 2 * 32 / f.group_size != k) continue;
+        if (first) out[i][0] = out[i][2] = __int_as_float(0x7fc00000);
+        if (second) out[i][1] = out[i][3] = __int_as_float(0x7fc00000);
+      }
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int at = lane; at < halves; at += 32) {
+      if (!(fabsf(half_value(load_shared_2(address(at)))) <= kHalfLargest)) store_shared_2(address(at), 0);
+    }
+    __syncwarp();
   }
 
   __device__ __forceinline__ void add_values(uint32_t slot, uint32_t (&weights)[kBlocks][4]) {
     const Format& f = p.cache.value.format;
     // One vote: is any scale NaN, or too large?
-    const int halves = kTokens * f.groups;
-    __half2 most = __float2half2_rn(0.f);
-    for (int at = lane * 4; at < halves; at += 128) {
-      const int s = at / (f.groups * 32), i = at % (f.groups * 32);
-      const uint2 x = load_shared_8(slot + kCodeBytes + (s * 2 * f.groups * 32 + i) * 2);
-      most = __hmax2_nan(most, __hmax2_nan(half2_of(x.x), half2_of(x.y)));
-    }
-    const float bound = kHalfLargest * exp2f(-float(state.exponent));
-    bool poison = false;
-    if (__any_sync(kAllLanes, !(fmaxf(__low2float(most), __high2float(most)) <= bound) || __hisnan(__low2half(most)) ||
-                                  __hisnan(__high2half(most)))) {
-      poison = rare_scales(slot, halves, weights);
-    }
+    const __half2 most = largest_scales(slot, true);
+    const float bound = kHalfLargest * __uint_as_float(uint32_t(127 - state.exponent) << 23);
+    const bool fits = __low2float(most) <= bound && __high2float(most) <= bound;
+    if (__builtin_expect(__any_sync(kAllLanes, !fits), 0)) rare_scales(slot, weights);
 
     uint32_t pairs[2 * kBlocks][2];  // B of k step 2 s + i: tokens (0, 2), (1, 3) of the lane's 4
 #pragma unroll
@@ -487,9 +606,6 @@ struct PackedDecode {
         if (g < f.groups) {
           x = load_shared(slot + kCodeBytes + (token / 32 * 2 * f.groups + (f.symmetric ? g : f.groups + g)) * 64 +
                           token % 32 * 2);
-        }
-        if (poison) {  // the products with codes carry the NaN, and only to rows that see it
-          x.x &= number_mask(x.x), x.y &= number_mask(x.y), x.z &= number_mask(x.z), x.w &= number_mask(x.w);
         }
         const uint32_t low[4] = {even_of(x.x, x.y), 0, odd_of(x.x, x.y), 0};
         const uint32_t high[4] = {even_of(x.z, x.w), 0, odd_of(x.z, x.w), 0};
@@ -521,13 +637,6 @@ struct PackedDecode {
           scaled[2 * s + 1][0] = multiply(pairs[2 * s + 1][0], even_of(x.z, x.w));
           scaled[2 * s + 1][1] = multiply(pairs[2 * s + 1][1], odd_of(x.z, x.w));
         }
-        if (poison) {
-#pragma unroll
-          for (int k2 = 0; k2 < 2 * kBlocks; ++k2) {
-#pragma unroll
-            for (int c = 0; c < 2; ++c) scaled[k2][c] &= nonzero_mask(pairs[k2][c]);
-          }
-        }
       }
       constexpr int kParts = C::kMixed ? 1 : kBlocks * (2 / C::kSteps);  // loads of 32 channels
 #pragma unroll
@@ -556,22 +665,18 @@ struct PackedDecode {
     }
   }
 
-  /// All ones in halves that are not 0 (NaN is not).
-  __device__ __forceinline__ static uint32_t nonzero_mask(uint32_t x) {
-    return ((x & 0x7fff) ? 0xffffu : 0u) | ((x & 0x7fff0000) ? 0xffff0000u : 0u);
-  }
-  /// All ones in halves that are no NaN.
-  __device__ __forceinline__ static uint32_t number_mask(uint32_t x) {
-    return ((x & 0x7fff) > 0x7c00 ? 0u : 0xffffu) | ((x & 0x7fff0000) > 0x7c000000 ? 0u : 0xffff0000u);
-  }
-
   __device__ __forceinline__ void run(Share share, int slot_of_state, float* shared) {
     load_query();
     const int warp = threadIdx.x / 32;
     const int first = share.first + warp, count = max(0, (share.last - first + kDecodeWarps - 1) / kDecodeWarps);
+    start_cursor(first * kTokens);
+    key_part = part_of(p.cache.key, lane, each_of(false), CHANNEL ? kGroups : kBlocks);
+    value_part = part_of(p.cache.value, lane, each_of(true), kBlocks);
     auto start_copy = [&](int number) {  // keys (even) or values of this warp's tile number / 2
-      if (number < 2 * count)
-        copy_tile(number % kSlots, (first + number / 2 * kDecodeWarps) * kTokens, number % 2);
+      if (number < 2 * count) {
+        if (number % 2 == 0) next_tile();
+        copy_tile(number % kSlots, number % 2);
+      }
       copy_async_commit();
     };
 #pragma unroll
@@ -584,23 +689,17 @@ struct PackedDecode {
       float x[kBlocks][2][4];
       const uint32_t key = ring + 2 * tile % kSlots * slot_size;
       if (CHANNEL) {
-        scores_per_channel(key, x);
+        scores_per_channel(key, tile == 0, x);
       } else {
         scores_per_token(key, x);
       }
-      bool absent[2] = {false, false};  // blocks that are none: past the end, or on a page out of range
-      const bool ends = start + kTokens > n.quantized || n.sinks + start + kTokens > columns.least_limit;
-      bool masks = ends;
-      if (ends || p.cache.block_table) {
-#pragma unroll
-        for (int s = 0; s < kBlocks; ++s) {
-          absent[s] = block_of(start + 32 * s) < 0;
-          masks |= absent[s];
-        }
-      }
+      // Blocks that are none: past the end, or on a page out of range. The cursor is one tile ahead, except at the end.
+      static_assert(kSlots == 4, "copies of the next tile's keys have started, and no others");
+      const uint32_t absent = tile + 1 < count ? cursor.absent_before : cursor.absent;
+      const bool masks = absent != 0 || n.sinks + start + kTokens > columns.least_limit;
       softmax_step<kBlocks, kTiles>(
           p, columns, masks, state, x, out, extra, [&](int s, int a) { return n.sinks + start + 4 * chunk(s) + a; },
-          [&](int s, int) { return C::kMixed ? (g >> 2 ? absent[1] : absent[0]) : absent[s]; });
+          [&](int s, int) { return (absent >> (C::kMixed ? g >> 2 : s) & 1) != 0; });
       uint32_t weights[kBlocks][4];
 #pragma unroll
       for (int s = 0; s < kBlocks; ++s) {
@@ -624,7 +723,7 @@ struct PackedDecode {
       const float high = __shfl_sync(kAllLanes, extra[1], 4 * k + t) * base;
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        float(&tile)[4] = out[2 * q + m];
+        float (&tile)[4] = out[2 * q + m];
 #pragma unroll
         for (int c = 0; c < 4; ++c) tile[c] = fmaf(tile[c], C::kUnit, C::kFp8 ? 0.f : c % 2 ? high : low);
       }
@@ -659,10 +758,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_packed(const __grid_
     }
     return;
   }
-  const Share share =
-      share_of((n.quantized + Kernel::kTokens - 1) / Kernel::kTokens, part - 1, p.splits, kDecodeWarps);
-  const uint32_t ring = shared_address(shared) +
-                        threadIdx.x / 32 * Kernel::kSlots * Kernel::slot_bytes(p.cache.key.format.group_size);
+  const Share share = share_of((n.quantized + Kernel::kTokens - 1) / Kernel::kTokens, part - 1, p.splits, kDecodeWarps);
+  const uint32_t ring =
+      shared_address(shared) + threadIdx.x / 32 * Kernel::kSlots * Kernel::slot_bytes(p.cache.key.format.group_size);
   Kernel(p, b, h, first_row, n, ring).run(share, part, reinterpret_cast<float*>(shared));
 }
 

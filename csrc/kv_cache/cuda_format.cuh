@@ -30,9 +30,8 @@ struct Format {
 };
 
 inline Format format_of(const KvPacking& p, int64_t page_size) {
-  return {p.bits,         p.width(),     p.group_size,   p.dim,           p.groups_per_token(),
-          p.unit(),       p.per_channel, p.symmetric,    p.has_minima(),  p.value_layout,
-          p.block_bytes(), p.scales(page_size)};
+  return {p.bits,        p.width(),   p.group_size,   p.dim,          p.groups_per_token(), p.unit(),
+          p.per_channel, p.symmetric, p.has_minima(), p.value_layout, p.block_bytes(),      p.scales(page_size)};
 }
 
 /// Where a unit's codes and scales stand; codes null: its page is out of range.
@@ -141,7 +140,8 @@ __device__ __forceinline__ uint32_t fp8_code(float value) {
 /// One product and one sum, each rounded, as on the CPU: no fused multiply-add.
 __device__ __forceinline__ float dequantized(const Format& f, uint32_t code, float scale, float minimum) {
   if (f.fp8()) return __fmul_rn(scale, fp8_value(code));
-  if (f.symmetric) return __fmul_rn(scale, float(int(code) - (1 << (f.bits - 1))));
+  if (f.symmetric && f.per_channel) return __fmul_rn(scale, float(int(code) - (1 << (f.bits - 1))));
+  if (f.symmetric) minimum = -scale * float(1 << (f.bits - 1));  // exact; the CPU's signs of zero
   return __fadd_rn(__fmul_rn(scale, float(code)), minimum);
 }
 

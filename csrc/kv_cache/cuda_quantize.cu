@@ -1,7 +1,7 @@
 // quantize_kv and dequantize_kv on CUDA.
 //
-// Quantization: a CTA takes one tile (a key group of 32, 64 or 128 tokens; 64 tokens where groups lie inside a token) of
-// 128 channels: cuda_quantize.cuh. Dequantization: a thread makes 4 neighbouring channels of a token; words that
+// Quantization: a CTA takes one tile (a key group of 32, 64 or 128 tokens; 64 tokens where groups lie inside a token)
+// of 128 channels: cuda_quantize.cuh. Dequantization: a thread makes 4 neighbouring channels of a token; words that
 // neighbours share come from L1. Both are bound by memory: bytes of x once, bytes of codes once.
 #include <cuda_runtime.h>
 
@@ -29,7 +29,8 @@ __global__ void __launch_bounds__(kQuantizeThreads, PER == 16 ? 1 : 2) quantize(
   __shared__ QuantizeShared shared;
   const int64_t head = blockIdx.x / q.units, start = blockIdx.x % q.units * (PER * kQuantizeWarps);
   const int count = int(min(q.tokens - start, int64_t(PER * kQuantizeWarps)));
-  const int64_t first = head / q.heads * q.x.batch + head % q.heads * q.x.head + start * q.x.row, size = q.dtype == DType::f32 ? 4 : 2;
+  const int64_t first = head / q.heads * q.x.batch + head % q.heads * q.x.head + start * q.x.row,
+                size = q.dtype == DType::f32 ? 4 : 2;
   const int64_t scale = head * q.format.scales(q.padded) + q.format.scales(start);
   const Place to = {q.codes + (head * q.blocks + start / kv_block) * q.format.block_bytes, q.scales + scale,
                     q.minima ? q.minima + scale : nullptr};
@@ -61,8 +62,8 @@ __global__ void __launch_bounds__(kThreads) dequantize(const __grid_constant__ D
   const Place place = {const_cast<uint8_t*>(q.codes) + (head * q.blocks + unit / kv_block) * f.block_bytes,
                        const_cast<uint16_t*>(q.scales) + scale,
                        q.minima ? const_cast<uint16_t*>(q.minima) + scale : nullptr};
-  Element* to = static_cast<Element*>(q.x.data) + head / q.heads * q.x.batch + head % q.heads * q.x.head +
-                token * q.x.row + d;
+  Element* to =
+      static_cast<Element*>(q.x.data) + head / q.heads * q.x.batch + head % q.heads * q.x.head + token * q.x.row + d;
 #pragma unroll
   for (int c = 0; c < 4; ++c) to[c] = from_float<Element>(element_of(f, place, int(token - unit), d + c));
 }
@@ -95,8 +96,8 @@ Status kv_quantize(const KvQuantize& a, const CudaContext& context) {
   q.minima = a.minima;
   const int64_t tiles = a.batch * a.heads * q.units;
   if (tiles == 0) return {};
-  if (tiles > 0x7fffffff) return error(Status::Kind::unsupported, "x: %lld tiles of %d tokens; supported: 2^31 - 1",
-                                       (long long)tiles, tile);
+  if (tiles > 0x7fffffff)
+    return error(Status::Kind::unsupported, "x: %lld tiles of %d tokens; supported: 2^31 - 1", (long long)tiles, tile);
   const void* kernel = tile == 32   ? reinterpret_cast<const void*>(&quantize<4>)
                        : tile == 64 ? reinterpret_cast<const void*>(&quantize<8>)
                                     : reinterpret_cast<const void*>(&quantize<16>);
