@@ -7,6 +7,7 @@ namespace sparsekit {
 
 using CudaAttention = AttentionImplementation<CudaContext>;
 
+extern const CudaAttention attention_cuda_sm90;  // cuda_forward_sm90.cu: forward on Hopper
 extern const CudaAttention attention_cuda_sm80;  // cuda_forward_sm80.cu, cuda_backward_sm80.cu
 
 // The backward half of attention_cuda_sm80.

@@ -53,8 +53,8 @@ struct KeyBlockLength {
 __device__ int place(int i) { return i + i / kWarpSize; }
 
 template <class Length>
-__global__ void __launch_bounds__(kThreads)
-    longest_first(const __grid_constant__ Length length, int items, int items_per_group, int32_t* order) {
+__global__ void __launch_bounds__(kThreads) longest_first(const __grid_constant__ Length length, int items,
+                                                          int items_per_group, int32_t* order, int32_t* counter) {
   // places[bucket][thread]: how many of the thread's items fall into the bucket, then where the next of them goes.
   __shared__ int places[kBuckets * kThreads + kBuckets * kThreads / kWarpSize];
   __shared__ int longest, warp_sums[kThreads / kWarpSize];
@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(kThreads)
   const int first = group + min(in_group, thread * per_thread), last = group + min(in_group, (thread + 1) * per_thread);
 
   if (thread == 0) longest = 1;
+  if (thread == 0 && blockIdx.x == 0 && counter) *counter = 0;
   for (int bucket = 0; bucket < kBuckets; ++bucket) places[place(bucket * kThreads + thread)] = 0;
   __syncthreads();
   int mine = 0;
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-Status schedule_longest_first(const AttentionProblem& p, int32_t* order, void* stream) {
+Status schedule_longest_first(const AttentionProblem& p, int32_t* order, void* stream, int32_t* counter) {
   int device = 0, l2_bytes = 0;
   cudaError_t code = cudaGetDevice(&device);
   if (code == cudaSuccess) code = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device);
@@ -113,14 +114,14 @@ Status schedule_longest_first(const AttentionProblem& p, int32_t* order, void* s
   const int64_t group = kv_heads * (p.heads_q / p.heads_kv) * p.lists.q_blocks,
                 items_per_group = group < items ? group : items;
   longest_first<<<unsigned((items + items_per_group - 1) / items_per_group), kThreads, 0,
-                  static_cast<cudaStream_t>(stream)>>>(RowLength{p}, int(items), int(items_per_group), order);
+                  static_cast<cudaStream_t>(stream)>>>(RowLength{p}, int(items), int(items_per_group), order, counter);
   return status_of(cudaGetLastError(), "launching the ordering of the block lists");
 }
 
 Status schedule_keys_longest_first(const AttentionProblem& p, const int32_t* offsets, int32_t* order, void* stream) {
   const int k_blocks = int(p.k_blocks()), heads = int(p.batch * p.heads_kv);  // int32, as above
   longest_first<<<unsigned(heads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      KeyBlockLength{p, offsets, k_blocks}, heads * k_blocks, k_blocks, order);
+      KeyBlockLength{p, offsets, k_blocks}, heads * k_blocks, k_blocks, order, nullptr);
   return status_of(cudaGetLastError(), "launching the ordering of the key blocks");
 }
 

@@ -6,6 +6,7 @@ namespace sparsekit {
 namespace {
 
 constexpr const CudaAttention* table[] = {
+    &attention_cuda_sm90,
     &attention_cuda_sm80,
 };
 
