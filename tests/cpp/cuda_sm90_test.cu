@@ -213,7 +213,7 @@ void check_products(const char* what) {
   // Small integers: every product and sum is exact, in any order, and so is S in 16 bits.
   auto fill = [&](Array<Element>& array, size_t every) {
     for (size_t i = 0; i < array.count; ++i) {
-      array[i] = from_float<Element>(i % every ? 0.f : float(int(random() % 5) - 2));
+      array[i] = Element(i % every ? 0.f : float(int(random() % 5) - 2));
     }
   };
   fill(q, 3), fill(k, 2), fill(v, 1);
@@ -230,12 +230,12 @@ void check_products(const char* what) {
   for (size_t i = 0; i < 64; ++i) {
     for (size_t j = 0; j < KEYS; ++j) {
       row[j] = 0;
-      for (size_t d = 0; d < HEAD; ++d) row[j] += double(to_float(q[i * HEAD + d])) * double(to_float(k[j * HEAD + d]));
+      for (size_t d = 0; d < HEAD; ++d) row[j] += double(float(q[i * HEAD + d])) * double(float(k[j * HEAD + d]));
       wrong_s += double(s[i * KEYS + j]) != row[j];
     }
     for (size_t d = 0; d < VALUE; ++d) {
       double sum = 0;
-      for (size_t j = 0; j < KEYS; ++j) sum += row[j] * double(to_float(v[j * VALUE + d]));
+      for (size_t j = 0; j < KEYS; ++j) sum += row[j] * double(float(v[j * VALUE + d]));
       wrong_o += double(o[i * VALUE + d]) != sum;
     }
   }
