@@ -11,7 +11,9 @@ from collections.abc import Callable
 import torch
 
 _FLUSH_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}  # beyond the last-level cache of the machines we know
-_HEAD_START = 12  # fills before a call on the GPU: 0.8 ms on an H200, in which the host queues the whole call. A call is
+_HEAD_START = (
+    12  # fills before a call on the GPU: 0.8 ms on an H200, in which the host queues the whole call. A call is
+)
 # timed as it runs behind other work; the autograd of a backward alone takes the host 0.3 ms.
 
 
