@@ -55,7 +55,8 @@ __device__ __forceinline__ float finish(const Output& out, float x, int64_t toke
   if (out.bias) x += to_float(static_cast<const Element*>(out.bias)[feature]);
   x = activate(out.activation, x);
   if (out.factor.data) {
-    x *= to_float(static_cast<const Element*>(out.factor.data)[token * out.factor.token + feature * out.factor.feature]);
+    x *=
+        to_float(static_cast<const Element*>(out.factor.data)[token * out.factor.token + feature * out.factor.feature]);
   }
   return x;
 }

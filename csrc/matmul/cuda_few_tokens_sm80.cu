@@ -1,10 +1,10 @@
 // y = factor * act(x W^T + bias) of 1 to 16 tokens (decode): every stored weight is read once, 16 bytes at a time,
 // straight into the operands of mma.sync (sm_80 and later).
 //
-// Weights are the A operand: a warp multiplies 16 rows of a block row with 32 numbers of the contraction (the row's blocks
-// one after the other). Which numbers an mma calls k is free as long as both operands agree: lane (g, t) takes the 8
-// numbers from 8 t on of rows g and g + 8, and of token g, as two products of 16. So nothing goes through shared memory but
-// the partial sums of the CTA's warps, which take turns along the contraction and are added in their order.
+// Weights are the A operand: a warp multiplies 16 rows of a block row with 32 numbers of the contraction (the row's
+// blocks one after the other). Which numbers an mma calls k is free as long as both operands agree: lane (g, t) takes
+// the 8 numbers from 8 t on of rows g and g + 8, and of token g, as two products of 16. So nothing goes through shared
+// memory but the partial sums of the CTA's warps, which take turns along the contraction and are added in their order.
 //
 // Bound: memory, the stored weights (x stays in L1 and L2).
 #include "common/cuda/launch.h"
@@ -75,8 +75,7 @@ __global__ void __launch_bounds__(32 * kWarps) few_tokens(const __grid_constant_
       for (int j = 0; j < GROUPS; ++j) {
         const int64_t token = 8 * j + g;
         const bool there = valid && token < call.out.tokens;
-        tokens[u][j] =
-            there ? __ldg(reinterpret_cast<const uint4*>(x + token * call.input.token + feature[u])) : zero;
+        tokens[u][j] = there ? __ldg(reinterpret_cast<const uint4*>(x + token * call.input.token + feature[u])) : zero;
       }
     }
 #pragma unroll
@@ -112,7 +111,8 @@ const char* refuses(const BlockSparseProduct& p, const CudaContext&) {
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "dtype: supported are float16, bfloat16";
   if (p.transposed) return "transposed weights are not in this implementation";
   if (p.tokens > kMostTokens) return "tokens: supported are 1 to 16";
-  if (p.pattern.block_cols % 8 || p.pattern.cols % 8) return "columns of W and its blocks: supported are multiples of 8";
+  if (p.pattern.block_cols % 8 || p.pattern.cols % 8)
+    return "columns of W and its blocks: supported are multiples of 8";
   if (p.input.feature != 1) return "input: supported are contiguous features";
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(p.values) | reinterpret_cast<uintptr_t>(p.input.data);
   if (addresses % 16 || p.input.token % 8) return "input, values: supported are rows that are multiples of 16 bytes";

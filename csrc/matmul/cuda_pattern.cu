@@ -1,9 +1,9 @@
 // The pattern of a block-sparse weight seen from its columns: a counting sort of its blocks by column.
 //
-// The blocks are cut into chunks, one warp each. A histogram per chunk, scans over chunks and over columns, and every warp
-// places its blocks in order (lanes with the same column rank themselves by __match_any_sync): rows ascend inside a
-// column, and the result is the same every time. Entries with a column or row out of range are left out; the places that
-// stay empty hold -1, which the products skip.
+// The blocks are cut into chunks, one warp each. A histogram per chunk, scans over chunks and over columns, and every
+// warp places its blocks in order (lanes with the same column rank themselves by __match_any_sync): rows ascend inside
+// a column, and the result is the same every time. Entries with a column or row out of range are left out; the places
+// that stay empty hold -1, which the products skip.
 //
 // Bound: latency, five short passes; once per pattern.
 #include <algorithm>

@@ -1,47 +1,18 @@
 // y = factor * act(x W^T + bias), or x W, of a block-sparse W, with mma.sync (sm_80 and later).
 //
-// A CTA computes BM tokens x BN features of one block row (x W: block column). The blocks of that row stand one after the
-// other as one long contraction, count * C numbers, which is walked in steps of 128 bytes whatever C is: 64 numbers of 16
-// bits may come from half a block or from eight. A table in shared memory, one step ahead, says where the 8 chunks of
-// a step are, in x and in the values; threads copy them with cp.async into a ring of STAGES. Warps stand WARPS_M x
-// WARPS_N over the tile. Sums go through shared memory so that the output is written in whole 16 bytes.
+// A CTA computes BM tokens x BN features of one block row (x W: block column). The blocks of that row stand one after
+// the other as one long contraction, count * C numbers, which is walked in steps of 128 bytes whatever C is: 64 numbers
+// of 16 bits may come from half a block or from eight. A table in shared memory, one step ahead, says where the 8
+// chunks of a step are, in x and in the values; threads copy them with cp.async into a ring of STAGES. Warps stand
+// WARPS_M x WARPS_N over the tile. Sums go through shared memory so that the output is written in whole 16 bytes.
 //
 // Bound: the step loads BM + BN rows for 2 BM BN flop: with BN = R = 128 64 flop a byte of L2, with 32 26; and mma.sync
 // itself, 0.6 of what wgmma reaches on Hopper.
 #pragma once
 
-#include "matmul/cuda_epilogue.cuh"
+#include "matmul/cuda_product.cuh"
 
 namespace sparsekit::cuda {
-
-struct ProductCall {
-  BlockSparsePattern pattern;
-  IndexArray offsets;    // crow, or ccol
-  IndexArray neighbour;  // of an entry: the block of the contraction it stands at (col, or row)
-  IndexArray place;      // of an entry: its block in values (x W only)
-  const void* values;
-  TokensView<const void*> input;
-  Output out;
-  int64_t lists;             // block rows (x W: block columns)
-  int64_t inner, neighbours;  // length of the contraction, and its blocks
-  int list_size, inner_size;  // of a block: features, contraction
-  int parts;                  // tiles of BN in list_size
-  int64_t token_tiles;
-};
-
-/// Which CTAs run at the same time: `kGroup` token tiles, which share x in L2, go through all lists together.
-struct TileAt {
-  int64_t token_tile, list;
-  int part;
-};
-constexpr int kGroup = 16;
-__device__ __forceinline__ TileAt tile_at(const ProductCall& call, int64_t cta) {
-  const int64_t per_token_tile = call.lists * call.parts, per_group = per_token_tile * kGroup;
-  const int64_t group = cta / per_group, first = group * kGroup, within = cta - group * per_group;
-  const int64_t size = min(int64_t(kGroup), call.token_tiles - first);
-  const int64_t feature_tile = within / size;
-  return {first + within % size, feature_tile / call.parts, int(feature_tile % call.parts)};
-}
 
 /// Where one chunk (ALIGNED) or one number of the contraction is.
 struct StepEntry {
@@ -110,7 +81,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) product_kernel(const __grid
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int m = warp % Tile::WARPS_M * (16 * MT), n = warp / Tile::WARPS_M * (16 * NT);
 
-  const TileAt tile = tile_at(call, blockIdx.x);
+  const TileAt tile = tile_at<16>(call, blockIdx.x);
   const int64_t token = tile.token_tile * BM, feature = tile.list * call.list_size + tile.part * BN;
   const int tokens = int(min(int64_t(BM), call.out.tokens - token));
   const int features = min(BN, call.list_size - tile.part * BN);  // of the block; the matrix may end before

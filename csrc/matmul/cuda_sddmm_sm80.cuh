@@ -1,9 +1,9 @@
 // values[p] = the block p of a b, with mma.sync (sm_80 and later): the gradient of a block-sparse weight.
 //
-// A CTA computes BM rows of a block row x BN columns of its blocks, which stand one after the other: 128 columns are eight
-// blocks of 16 or one of 128, so that what is read of `a` serves all of them. Steps of 128 bytes of the inner dimension
-// (tokens) come through a ring of STAGES with cp.async. How many CTAs a row needs stands in crow, on the device: as many
-// as there could be at most are launched, each finds its row by bisection, and some find nothing to do.
+// A CTA computes BM rows of a block row x BN columns of its blocks, which stand one after the other: 128 columns are
+// eight blocks of 16 or one of 128, so that what is read of `a` serves all of them. Steps of 128 bytes of the inner
+// dimension (tokens) come through a ring of STAGES with cp.async. How many CTAs a row needs stands in crow, on the
+// device: as many as there could be at most are launched, each finds its row by bisection, and some find nothing to do.
 //
 // Bound: as the product's, (BM + BN) * 128 bytes of L2 for BM BN kStep products.
 #pragma once

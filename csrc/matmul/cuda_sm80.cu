@@ -35,20 +35,7 @@ ProductKernel choose(const BlockSparseProduct& p, const ProductChoice& choice) {
 Status product(const BlockSparseProduct& p, const CudaContext& context) {
   const BlockSparsePattern& w = p.pattern;
   const int chunk = int(16 / size_of(p.dtype));
-  ProductCall call;
-  call.pattern = w;
-  call.offsets = p.transposed ? p.transpose.ccol : w.crow;
-  call.neighbour = p.transposed ? p.transpose.row : w.col;
-  call.place = p.transpose.entry;
-  call.values = p.values;
-  call.input = p.input;
-  call.out = output_of(p);
-  call.lists = p.transposed ? w.col_blocks() : w.row_blocks();
-  call.neighbours = p.transposed ? w.row_blocks() : w.col_blocks();
-  call.inner = p.transposed ? w.rows : w.cols;
-  call.list_size = p.transposed ? w.block_cols : w.block_rows;
-  call.inner_size = p.transposed ? w.block_rows : w.block_cols;
-
+  ProductCall call = product_call(p);
   ProductChoice choice;
   choice.xt = p.input.feature != 1;
   choice.wt = p.transposed;
@@ -86,9 +73,9 @@ Status sddmm(const BlockSddmm& s, const CudaContext& context) {
   SddmmChoice choice;
   choice.at = s.a_inner != 1;
   choice.bt = s.b_col == 1;
-  choice.aligned = address(s.a) % 16 == 0 && address(s.b) % 16 == 0 &&
-                   (choice.at ? s.a_inner : s.a_row) % chunk == 0 && (choice.bt ? s.b_inner : s.b_col) % chunk == 0 &&
-                   (!choice.at || w.block_rows % chunk == 0) && (!choice.bt || w.block_cols % chunk == 0);
+  choice.aligned = address(s.a) % 16 == 0 && address(s.b) % 16 == 0 && (choice.at ? s.a_inner : s.a_row) % chunk == 0 &&
+                   (choice.bt ? s.b_inner : s.b_col) % chunk == 0 && (!choice.at || w.block_rows % chunk == 0) &&
+                   (!choice.bt || w.block_cols % chunk == 0);
   choice.rows = w.block_rows;
   const SddmmKernel kernel = s.dtype == DType::bf16  ? sddmm_kernel_bf16(choice)
                              : s.dtype == DType::f16 ? sddmm_kernel_f16(choice)

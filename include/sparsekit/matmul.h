@@ -113,8 +113,8 @@ struct MatmulPlan {
 };
 MatmulPlan block_sparse_plan(const BlockSparseProduct& arguments);
 
-// ---- CUDA: every pointer is device memory. An index out of range is skipped, an offset clamped to [0, nnz]; nothing is
-// read out of bounds, and the blocks of a row whose offsets are wrong may be left out.
+// ---- CUDA: every pointer is device memory. An index out of range is skipped, an offset clamped to [0, nnz]; nothing
+// is read out of bounds, and the blocks of a row whose offsets are wrong may be left out.
 
 struct CudaContext;  // sparsekit/attention.h
 
