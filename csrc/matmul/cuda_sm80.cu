@@ -1,8 +1,10 @@
 // The host side of the mma.sync kernels, and their entry in the table of implementations: which kernel, and the launch.
 #include <algorithm>
+#include <cstdlib>
 
 #include "common/cuda/launch.h"
 #include "matmul/cuda_implementations.h"
+#include "matmul/cuda_panels_sm80.cuh"
 #include "matmul/cuda_product_sm80.cuh"
 #include "matmul/cuda_sddmm_sm80.cuh"
 
@@ -25,7 +27,56 @@ const char* refuses(const BlockSparseProduct& p, const CudaContext&) {
 }
 const char* refuses_sddmm(const BlockSddmm& s, const CudaContext&) { return refuses_pattern(s.pattern, s.dtype); }
 
-size_t workspace(const BlockSparseProduct&, const CudaContext&) { return 0; }
+bool aligned(const BlockSparseProduct& p) {
+  const BlockSparsePattern& w = p.pattern;
+  const int chunk = int(16 / size_of(p.dtype));
+  return w.block_cols % chunk == 0 && (!p.transposed || w.block_rows % chunk == 0) && address(p.values) % 16 == 0 &&
+         address(p.input.data) % 16 == 0 && (p.input.feature != 1 ? p.input.feature : p.input.token) % chunk == 0;
+}
+
+/// Whether block rows share x (cuda_panels_sm80.cuh): small blocks, enough tokens for the merging of lists to pay and
+/// for a tile on every other multiprocessor.
+bool takes_panels(const BlockSparseProduct& p, const CudaContext& context) {
+  auto small = [](int size) { return size == 16 || size == 32; };
+  if (p.dtype == DType::f32 || p.input.feature != 1 || !aligned(p)) return false;
+  if (!small(p.pattern.block_rows) || !small(p.pattern.block_cols) || p.pattern.nnz > INT32_MAX) return false;
+  if (getenv("SPARSEKIT_NO_PANELS")) return false;  // EXPERIMENT
+  const Panels panels = panels_of(product_call(p));
+  SharedMemory card;
+  if (!shared_memory_of_device(&card).ok() || card.per_block < kPanelSharedBytes + 4096) return false;
+  const int64_t tiles = (p.tokens + kPanelTokens - 1) / kPanelTokens * panels.panels;
+  return p.tokens >= 2 * kPanelTokens && 2 * tiles >= context.multiprocessors &&
+         panels_shared_bytes(panels) <= card.per_block - 1024;
+}
+
+size_t workspace(const BlockSparseProduct& p, const CudaContext& context) {
+  return takes_panels(p, context) ? panels_bytes(panels_of(product_call(p)), p.pattern.nnz) : 0;
+}
+
+Status product_of_panels(const BlockSparseProduct& p, const CudaContext& context) {
+  ProductCall call = product_call(p);
+  Panels panels = panels_of(call);
+  if (context.workspace_bytes < panels_bytes(panels, p.pattern.nnz)) {
+    return error(Status::Kind::invalid_argument, "workspace is %zu bytes; needed: %zu", context.workspace_bytes,
+                 panels_bytes(panels, p.pattern.nnz));
+  }
+  Status status = make_panels(&panels, call, context.workspace, context.stream);
+  if (!status.ok()) return status;
+  call.lists = panels.panels;
+  call.token_tiles = (p.tokens + kPanelTokens - 1) / kPanelTokens;
+  const int64_t ctas = call.token_tiles * panels.panels;
+  if (ctas > INT32_MAX) {
+    return error(Status::Kind::unsupported, "block-sparse product of %lld tokens: supported are 2^31 - 1 tiles",
+                 (long long)p.tokens);
+  }
+  const PanelKernel kernel = p.dtype == DType::bf16 ? panel_kernel_bf16(call.list_size, call.inner_size, p.transposed)
+                                                    : panel_kernel_f16(call.list_size, call.inner_size, p.transposed);
+  const cudaError_t code = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                cudaFuncAttributeMaxDynamicSharedMemorySize, kPanelSharedBytes);
+  if (code != cudaSuccess) return status_of(code, "setting the product's shared memory");
+  kernel<<<unsigned(ctas), kPanelThreads, kPanelSharedBytes, static_cast<cudaStream_t>(context.stream)>>>(call, panels);
+  return status_of(cudaGetLastError(), "launching the block-sparse product");
+}
 
 ProductKernel choose(const BlockSparseProduct& p, const ProductChoice& choice) {
   if (p.dtype == DType::bf16) return product_kernel_bf16(choice);
@@ -33,14 +84,12 @@ ProductKernel choose(const BlockSparseProduct& p, const ProductChoice& choice) {
 }
 
 Status product(const BlockSparseProduct& p, const CudaContext& context) {
-  const BlockSparsePattern& w = p.pattern;
-  const int chunk = int(16 / size_of(p.dtype));
+  if (takes_panels(p, context)) return product_of_panels(p, context);
   ProductCall call = product_call(p);
   ProductChoice choice;
   choice.xt = p.input.feature != 1;
   choice.wt = p.transposed;
-  choice.aligned = w.block_cols % chunk == 0 && call.inner_size % chunk == 0 && address(p.values) % 16 == 0 &&
-                   address(p.input.data) % 16 == 0 && (choice.xt ? p.input.feature : p.input.token) % chunk == 0;
+  choice.aligned = aligned(p);
   choice.few = p.tokens <= 32;
   choice.features = call.list_size;
   ProductKernel kernel = choose(p, choice);
