@@ -6,6 +6,7 @@
 // loads and stores is coalesced with its neighbours'. All index entries are fetched first, then all rows, then all are
 // stored: kVectors rows in flight per thread. Bound: memory, each row is read once and written once. A table of the
 // tensors travels as a kernel argument, so nothing is copied to the device before the launch.
+#include <cstdlib>
 #include <initializer_list>
 
 #include "tokens/cuda_implementations.h"
@@ -15,8 +16,18 @@
 namespace sparsekit::cuda {
 namespace {
 
-constexpr int kVectors = 4;
-constexpr int64_t kBlockVectors = kVectors * kRowThreads;
+int variant(const char* name) { return getenv(name) ? atoi(getenv(name)) : 0; }
+
+template <class Vector>
+__device__ __forceinline__ Vector load_hint(const Vector* from) {
+  if constexpr (sizeof(Vector) == 16) {
+    Vector v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+  } else {
+    return __ldg(from);
+  }
+}
 
 struct Part {
   Shape shape;
@@ -33,9 +44,9 @@ struct Moves {
   Part part[kMostTensors];
 };
 
-template <class Vector, class Int>
+template <class Vector, class Int, int kVectors, int kHint>
 __device__ __forceinline__ void move_part(const Moves& a, const Part& part, int64_t block) {
-  const Int first = Int(block) * Int(kBlockVectors) + threadIdx.x;
+  const Int first = Int(block) * Int(kVectors * kRowThreads) + threadIdx.x;
   const char* from[kVectors];
   Vector* to[kVectors];
 #pragma unroll
@@ -61,24 +72,25 @@ __device__ __forceinline__ void move_part(const Moves& a, const Part& part, int6
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     value[i] = Vector();
-    if (from[i]) value[i] = __ldg(reinterpret_cast<const Vector*>(from[i]));
+    if (from[i]) value[i] = kHint ? load_hint(reinterpret_cast<const Vector*>(from[i])) : __ldg(reinterpret_cast<const Vector*>(from[i]));
   }
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    if (to[i]) *to[i] = value[i];
+    if (!to[i]) continue;
+    if (kHint == 2) __stcs(to[i], value[i]); else *to[i] = value[i];
   }
 }
 
-template <class Int>
+template <class Int, int kVectors, int kHint>
 __global__ void __launch_bounds__(kRowThreads) move(const __grid_constant__ Moves a) {
   const Part& part = a.part[part_of_block(a.part, a.tensors)];
   const int64_t block = int64_t(blockIdx.x) - part.shape.first_block;
   switch (part.vector_bytes) {
-    case 16: return move_part<uint4, Int>(a, part, block);
-    case 8: return move_part<uint2, Int>(a, part, block);
-    case 4: return move_part<uint32_t, Int>(a, part, block);
-    case 2: return move_part<unsigned short, Int>(a, part, block);
-    default: return move_part<unsigned char, Int>(a, part, block);
+    case 16: return move_part<uint4, Int, kVectors, kHint>(a, part, block);
+    case 8: return move_part<uint2, Int, kVectors, kHint>(a, part, block);
+    case 4: return move_part<uint32_t, Int, kVectors, kHint>(a, part, block);
+    case 2: return move_part<unsigned short, Int, kVectors, kHint>(a, part, block);
+    default: return move_part<unsigned char, Int, kVectors, kHint>(a, part, block);
   }
 }
 
@@ -86,7 +98,13 @@ Status launch(const Moves& moves, int64_t blocks, bool wide, const CudaContext& 
   if (blocks > INT32_MAX) {
     return error(Status::Kind::unsupported, "tensors: the result has %lld KB; CUDA takes 32 TB", (long long)blocks * 16);
   }
-  if (blocks > 0) start(wide ? move<uint64_t> : move<uint32_t>, unsigned(blocks), kRowThreads, 0, context.stream, moves);
+  using Kernel = void (*)(Moves);
+  const int v = variant("TV"), h = variant("TH");
+  Kernel kernel = wide     ? move<uint64_t, 4, 0>
+                  : v == 2 ? (h == 2 ? move<uint32_t, 2, 2> : h == 1 ? move<uint32_t, 2, 1> : move<uint32_t, 2, 0>)
+                  : v == 8 ? (h == 2 ? move<uint32_t, 8, 2> : h == 1 ? move<uint32_t, 8, 1> : move<uint32_t, 8, 0>)
+                           : (h == 2 ? move<uint32_t, 4, 2> : h == 1 ? move<uint32_t, 4, 1> : move<uint32_t, 4, 0>);
+  if (blocks > 0) start(kernel, unsigned(blocks), kRowThreads, 0, context.stream, moves);
   return started("moving tokens");
 }
 
@@ -96,6 +114,7 @@ Status move_rows(const DevicePlan& plan, const TokenTensor* in, const TokenTenso
                  int64_t tensors, const CudaContext& context) {
   Moves moves{Side(plan.from), Side(plan.to), plan.index, plan.wide, plan.flat, plan.index_rows, 0, {}};
   int64_t blocks = 0;
+  const int64_t kBlockVectors = (variant("TV") ? variant("TV") : 4) * kRowThreads;
   bool wide = false;
   for (int64_t i = 0; i < tensors; ++i) {
     Part part;
@@ -107,7 +126,7 @@ Status move_rows(const DevicePlan& plan, const TokenTensor* in, const TokenTenso
     part.out = Rows(out[i]);
     if (part.shape.total == 0) continue;
     blocks += (part.shape.total + kBlockVectors - 1) / kBlockVectors;
-    wide |= part.shape.total > INT32_MAX - kBlockVectors;
+    wide |= part.shape.total > INT32_MAX - 8 * kRowThreads;
     moves.part[moves.tensors++] = part;
     if (moves.tensors < kMostTensors && i + 1 < tensors) continue;
     Status status = launch(moves, blocks, wide, context);

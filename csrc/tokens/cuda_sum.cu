@@ -11,6 +11,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstdlib>
 #include <initializer_list>
 
 #include "tokens/cuda_implementations.h"
@@ -21,9 +22,7 @@
 namespace sparsekit::cuda {
 namespace {
 
-constexpr int kVectors = 2;
-constexpr int kEntries = 2;
-constexpr int64_t kBlockVectors = kVectors * kRowThreads;
+int variant(const char* name) { return getenv(name) ? atoi(getenv(name)) : 0; }
 
 struct Part {
   Shape shape;
@@ -52,10 +51,10 @@ __device__ __forceinline__ Sum coefficient_at(const Sums& a, int64_t entry) {
 }
 
 /// Sum: what a row is added in (float; double; uint64_t for integers, which wrap). Width: elements of a vector.
-template <class Element, class Sum, int Width, class Int>
+template <class Element, class Sum, int Width, class Int, int kVectors, int kEntries>
 __device__ void sum_part(const Sums& a, const Part& part, int64_t block) {
   using Values = Pack<Element, Width>;
-  const Int start = Int(block) * Int(kBlockVectors) + threadIdx.x;
+  const Int start = Int(block) * Int(kVectors * kRowThreads) + threadIdx.x;
   Values* to[kVectors];
   const char* in[kVectors];          // the rows of the sample, at this column
   const Values* base[kVectors];
@@ -142,24 +141,24 @@ __device__ void sum_part(const Sums& a, const Part& part, int64_t block) {
   }
 }
 
-template <class Element, class Sum, class Int>
+template <class Element, class Sum, class Int, int kVectors, int kEntries>
 __device__ __forceinline__ void sum_either(const Sums& a, const Part& part, int64_t block) {
   if (part.vectors) {
-    sum_part<Element, Sum, 16 / sizeof(Element), Int>(a, part, block);
+    sum_part<Element, Sum, 16 / sizeof(Element), Int, kVectors, kEntries>(a, part, block);
   } else {
-    sum_part<Element, Sum, 1, Int>(a, part, block);
+    sum_part<Element, Sum, 1, Int, kVectors, kEntries>(a, part, block);
   }
 }
 
 /// Sums in fp32.
-template <class Int>
-__global__ void __launch_bounds__(kRowThreads) sum_f32(const __grid_constant__ Sums a) {
+template <class Int, int kVectors, int kEntries, int kBlocks>
+__global__ void __launch_bounds__(kRowThreads, kBlocks) sum_f32(const __grid_constant__ Sums a) {
   const Part& part = a.part[part_of_block(a.part, a.tensors)];
   const int64_t block = int64_t(blockIdx.x) - part.shape.first_block;
   switch (part.type) {
-    case TokenType::f32: return sum_either<float, float, Int>(a, part, block);
-    case TokenType::f16: return sum_either<__half, float, Int>(a, part, block);
-    default: return sum_either<__nv_bfloat16, float, Int>(a, part, block);
+    case TokenType::f32: return sum_either<float, float, Int, kVectors, kEntries>(a, part, block);
+    case TokenType::f16: return sum_either<__half, float, Int, kVectors, kEntries>(a, part, block);
+    default: return sum_either<__nv_bfloat16, float, Int, kVectors, kEntries>(a, part, block);
   }
 }
 
@@ -169,12 +168,12 @@ __global__ void __launch_bounds__(kRowThreads) sum_wide(const __grid_constant__ 
   const Part& part = a.part[part_of_block(a.part, a.tensors)];
   const int64_t block = int64_t(blockIdx.x) - part.shape.first_block;
   switch (part.type) {
-    case TokenType::f64: return sum_either<double, double, Int>(a, part, block);
-    case TokenType::f32: return sum_either<float, double, Int>(a, part, block);
-    case TokenType::f16: return sum_either<__half, double, Int>(a, part, block);
-    case TokenType::bf16: return sum_either<__nv_bfloat16, double, Int>(a, part, block);
-    case TokenType::i32: return sum_either<int32_t, uint64_t, Int>(a, part, block);
-    default: return sum_either<long long, uint64_t, Int>(a, part, block);
+    case TokenType::f64: return sum_either<double, double, Int, 2, 2>(a, part, block);
+    case TokenType::f32: return sum_either<float, double, Int, 2, 2>(a, part, block);
+    case TokenType::f16: return sum_either<__half, double, Int, 2, 2>(a, part, block);
+    case TokenType::bf16: return sum_either<__nv_bfloat16, double, Int, 2, 2>(a, part, block);
+    case TokenType::i32: return sum_either<int32_t, uint64_t, Int, 2, 2>(a, part, block);
+    default: return sum_either<long long, uint64_t, Int, 2, 2>(a, part, block);
   }
 }
 
@@ -186,8 +185,18 @@ Status launch(const Sums& sums, int64_t blocks, bool narrow, bool wide, const Cu
   if (blocks > INT32_MAX) {
     return error(Status::Kind::unsupported, "tensors: the result has %lld KB; CUDA takes 16 TB", (long long)blocks * 8);
   }
-  auto* kernel = narrow ? (wide ? sum_f32<uint64_t> : sum_f32<uint32_t>)
-                        : (wide ? sum_wide<uint64_t> : sum_wide<uint32_t>);
+  using Kernel = void (*)(Sums);
+  const int v = variant("TS");
+  Kernel kernel = !narrow   ? (wide ? sum_wide<uint64_t> : sum_wide<uint32_t>)
+                  : wide    ? sum_f32<uint64_t, 2, 2, 1>
+                  : v == 12 ? sum_f32<uint32_t, 1, 2, 1>
+                  : v == 14 ? sum_f32<uint32_t, 1, 4, 1>
+                  : v == 21 ? sum_f32<uint32_t, 2, 1, 1>
+                  : v == 41 ? sum_f32<uint32_t, 4, 1, 1>
+                  : v == 42 ? sum_f32<uint32_t, 4, 2, 1>
+                  : v == 23 ? sum_f32<uint32_t, 2, 2, 3>
+                  : v == 13 ? sum_f32<uint32_t, 1, 2, 4>
+                            : sum_f32<uint32_t, 2, 2, 1>;
   if (blocks > 0) start(kernel, unsigned(blocks), kRowThreads, 0, context.stream, sums);
   return started("adding tokens");
 }
@@ -207,6 +216,7 @@ Status sum_rows(const DevicePlan& plan, const TokenTensor* in, const TokenTensor
     Sums sums{Side(plan.from), Side(plan.to),     plan.begin,           plan.count,       plan.index_rows, plan.per_row,
               plan.rows,       plan.coefficients, plan.coefficients_f64, plan.base_always, 0,               {}};
     int64_t blocks = 0;
+    const int64_t kBlockVectors = (narrow && variant("TS") ? variant("TS") / 10 : 2) * kRowThreads;
     bool wide = false;
     for (int64_t i = 0; i < tensors; ++i) {
       if (in_f32(plan, out[i].type) != narrow) continue;
@@ -220,7 +230,7 @@ Status sum_rows(const DevicePlan& plan, const TokenTensor* in, const TokenTensor
       part.out = Rows(out[i]);
       if (part.shape.total == 0) continue;
       blocks += (part.shape.total + kBlockVectors - 1) / kBlockVectors;
-      wide |= part.shape.total > INT32_MAX - kBlockVectors;
+      wide |= part.shape.total > INT32_MAX - 8 * kRowThreads;
       sums.part[sums.tensors++] = part;
       if (sums.tensors < kMostTensors) continue;
       Status status = launch(sums, blocks, narrow, wide, context);
