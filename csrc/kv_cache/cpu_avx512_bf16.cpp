@@ -39,13 +39,19 @@ struct FastKernels {
     }
   }
 
+  /// The chunk after this one where it has rows, too.
+  static const DecodeChunk* rows_after(const DecodeChunk& chunk, const DecodeChunk& next) {
+    return &next == &chunk || next.quantized ? nullptr : &next;
+  }
+
   void scores(const DecodeChunk& chunk, const DecodeChunk& next) const {
     if (!chunk.quantized) {
       if (!bf16_keys) return plain_scores(split, chunk, w);
+      const DecodeChunk* after = rows_after(chunk, next);
       switch (split.problem->head_dim) {
-        case 64: return bf16_scores<2>(split, chunk, query, w);
-        case 128: return bf16_scores<4>(split, chunk, query, w);
-        default: return bf16_scores<0>(split, chunk, query, w);
+        case 64: return bf16_scores<2>(split, chunk, after, query, w);
+        case 128: return bf16_scores<4>(split, chunk, after, query, w);
+        default: return bf16_scores<0>(split, chunk, after, query, w);
       }
     }
     if (!key_codes) return quantized_scores(split, chunk, w);
@@ -59,7 +65,7 @@ struct FastKernels {
 
   void values(const DecodeChunk& chunk, const DecodeChunk& next) const {
     if (!chunk.quantized) {
-      return bf16_values_fit ? bf16_values(split, chunk, next, w) : plain_values(split, chunk, w);
+      return bf16_values_fit ? bf16_values(split, chunk, rows_after(chunk, next), w) : plain_values(split, chunk, w);
     }
     if (!value_codes) return quantized_values(split, chunk, w);
     switch (split.problem->cache->value.bits) {
