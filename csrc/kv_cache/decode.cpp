@@ -216,23 +216,24 @@ void decode_chunk(const DecodeAttention& p, int64_t b, int64_t h, int64_t index,
   }
   const KvCache& c = *p.cache;
   if (part == 1) {
-    for (int32_t block = 0; block < chunk_blocks; ++block) {
+    int64_t in_page = start % c.page_size, in_group = 0;
+    int64_t key_step = c.key.per_channel ? 0 : c.key.scales(kv_block), value_step = c.value.scales(kv_block);
+    for (int32_t block = 0; block < chunk_blocks; ++block, in_page += kv_block, in_group += kv_block) {
       chunk->key_codes[block] = chunk->value_codes[block] = nullptr;
       if (block * kv_block >= chunk->count) continue;
-      int64_t token = start + block * kv_block;
-      if (block > 0 && token % c.page_size != 0) {  // behind the block before it
-        int64_t next_group = !c.key.per_channel              ? c.key.scales(kv_block)
-                             : token % c.key.group_size == 0 ? c.key.dim
-                                                             : 0;
-        int64_t value = c.value.scales(kv_block);
+      if (in_page == c.page_size) in_page = 0;
+      if (in_group == c.key.group_size) in_group = 0;
+      if (block > 0 && in_page > 0) {  // behind the block before it
+        int64_t next_group = c.key.per_channel && in_group == 0 ? c.key.dim : key_step;
         chunk->key_codes[block] = chunk->key_codes[block - 1] + c.key.block_bytes();
         chunk->value_codes[block] = chunk->value_codes[block - 1] + c.value.block_bytes();
         chunk->key_scales[block] = chunk->key_scales[block - 1] + next_group;
-        chunk->value_scales[block] = chunk->value_scales[block - 1] + value;
+        chunk->value_scales[block] = chunk->value_scales[block - 1] + value_step;
         chunk->key_minima[block] = c.key_minima ? chunk->key_minima[block - 1] + next_group : nullptr;
-        chunk->value_minima[block] = c.value_minima ? chunk->value_minima[block - 1] + value : nullptr;
+        chunk->value_minima[block] = c.value_minima ? chunk->value_minima[block - 1] + value_step : nullptr;
         continue;
       }
+      int64_t token = start + block * kv_block;
       // A page begins with a unit, and so does a chunk.
       UnitPlace key = unit_place(c, c.key, b, h, token), value = unit_place(c, c.value, b, h, token);
       chunk->key_codes[block] = key.codes;
