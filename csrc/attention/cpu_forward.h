@@ -14,6 +14,7 @@
 
 #include "attention/cpu_few_queries.h"
 #include "attention/cpu_forward_worker.h"
+#include "common/cpu/scratch.h"
 #ifdef SPARSEKIT_AMX_PRODUCT
 #include "attention/cpu_forward_amx.h"
 #endif
@@ -79,7 +80,8 @@ static bool pack_all(ForwardCall* call, Arena* arena, const ParallelFor& paralle
   const int64_t rows = p.batch * p.heads_kv * call->packed_rows;
   int64_t keys = Layout::keys_in_place(p) ? 0 : rows * Layout::key_bytes(p);
   int64_t keys_at = arena->reserve(keys), values_at = arena->reserve(rows * Layout::value_bytes(p));
-  if (!arena->allocate()) return false;
+  arena->data = take_scratch(arena->size);  // fresh pages would cost as much as packing does
+  if (!arena->data) return false;
   call->packed_keys = keys ? arena->data + keys_at : nullptr;
   call->packed_values = arena->data + values_at;
   int64_t blocks = p.batch * p.heads_kv * call->k_blocks;
@@ -104,7 +106,7 @@ static void run_items(ForwardCall* call, int64_t entries, const ParallelFor& par
   } else {
     forward_worker<Product, dtype>(0, 1, call);
   }
-  packed.release();
+  give_back_scratch(packed.data);
 }
 
 static Status run_forward(const AttentionForward& p, const ParallelFor& parallel) {
