@@ -34,23 +34,56 @@ struct KeyValueLayout<AmxProduct, DType::bf16> {
   static void pack_values(const AttentionProblem& p, int64_t b, int64_t kv_head, const KeySegment& s, Element* to) {
     const char* first = row_of<DType::bf16>(p.value, b, kv_head, s.key);
     const int64_t stride = p.value.row * 2;
-    for (int64_t column = 0; column < p.value_dim; column += 16) {
-      for (int n = 0; n < s.padded; n += 32, to += tile_bytes / 4) {
-        Simd::Int pairs[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) {
-          const int key = n + 2 * i;
-          pairs[i] = key < s.count
-                         ? Rows<Bf16Product, DType::bf16>::across(first + key * stride, key + 1 < s.count ? stride : 0,
-                                                                  key + 1 < s.count, column, p.value_dim)
-                         : Simd::set_int(0);
-        }
-        Simd::transpose(pairs);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) Simd::store_int(to + i * 16, pairs[i]);
+    for (int n = 0; n < s.padded; n += 32, to += tile_bytes / 4, first += 32 * stride) {
+      const int64_t beside = s.padded / 32 * (tile_bytes / 4);
+      Element* tile = to;
+      int64_t column = 0;
+      for (; column + 32 <= p.value_dim && n + 32 <= s.count; column += 32, tile += 2 * beside) {
+        pack_tiles<false>(first + column * 2, stride, tile, beside);
+        pack_tiles<true>(first + column * 2, stride, tile, beside);
+      }
+      for (; column < p.value_dim; column += 16, tile += beside) {
+        pack_partial_tile(first, stride, s.count - n, column, p.value_dim, tile);
       }
     }
   }
+
+  /// Half of two tiles, of 32 columns of 32 rows: interleaving a pair of rows inside quarters of a vector takes one
+  /// instruction, and leaves columns 8 l + 0 to 3 (4 to 7: `high`) in quarter l.
+  template <bool high>
+  SPARSEKIT_INLINE void pack_tiles(const char* first, int64_t stride, Element* tile, int64_t beside) {
+    Simd::Int pairs[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      const Simd::Int even = Simd::load_int(first + 2 * i * stride);
+      const Simd::Int odd = Simd::load_int(first + (2 * i + 1) * stride);
+      pairs[i] = high ? _mm512_unpackhi_epi16(even, odd) : _mm512_unpacklo_epi16(even, odd);
+    }
+    Simd::transpose(pairs);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      const int column = i / 4 * 8 + i % 4 + (high ? 4 : 0);
+      Simd::store_int(tile + column / 16 * beside + column % 16 * 16, pairs[i]);
+    }
+  }
+
+  /// One tile of `rows` rows (at most 32), and as many of its 16 columns as `size` has; the rest is zero.
+  __attribute__((noinline)) static void pack_partial_tile(const char* first, int64_t stride, int rows, int64_t column,
+                                                          int64_t size, Element* tile) {
+    Simd::Int pairs[16];
+    for (int i = 0; i < 16; ++i) {
+      const int row = 2 * i;
+      const bool second = row + 1 < rows;
+      pairs[i] = Simd::set_int(0);
+      if (row < rows) {
+        pairs[i] =
+            Rows<Bf16Product, DType::bf16>::across(first + row * stride, second ? stride : 0, second, column, size);
+      }
+    }
+    Simd::transpose(pairs);
+    for (int i = 0; i < 16; ++i) Simd::store_int(tile + i * 16, pairs[i]);
+  }
+
   static int64_t key_bytes(const AttentionProblem&) { return 0; }
   static int64_t value_bytes(const AttentionProblem& p) { return round_up(p.value_dim, 16) * 2; }
 };
