@@ -17,7 +17,7 @@ import torch
 import sparsekit
 
 OPS = torch.ops.sparsekit
-CPU_NAMES = ("reference", "portable", "avx2", "avx512", "avx512_bf16")  # levels, each includes those before it
+CPU_NAMES = ("reference", "portable", "avx2", "avx512", "avx512_bf16", "amx")  # levels, each includes those before it
 
 calls = Counter()  # by backend: how often it was shown to be the one that runs
 
