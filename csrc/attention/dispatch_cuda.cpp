@@ -7,12 +7,13 @@ namespace {
 
 constexpr const CudaAttention* table[] = {
     &attention_cuda_sm80,
+    &attention_cuda_stripes,
 };
 
 const char* refuses(const CudaAttention& entry, const AttentionProblem& problem, Direction direction,
                     const CudaContext& context) {
   if (context.compute_capability < 80) return "needs a GPU of compute capability 8.0 (Ampere) or newer";
-  if (problem.stripes.any()) return "columns (stripes) have no CUDA kernel yet";
+  if (problem.stripes.any() && &entry == &attention_cuda_sm80) return "takes blocks only, no columns (stripes)";
   return entry.refuses(problem, direction, context);
 }
 
