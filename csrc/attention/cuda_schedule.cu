@@ -62,8 +62,8 @@ struct CellLength {
 __device__ int place(int i) { return i + i / kWarpSize; }
 
 template <class Length>
-__global__ void __launch_bounds__(kThreads)
-    longest_first(const __grid_constant__ Length length, int items, int items_per_group, int32_t* order) {
+__global__ void __launch_bounds__(kThreads) longest_first(const __grid_constant__ Length length, int items,
+                                                          int items_per_group, int32_t* order, int32_t* counter) {
   // places[bucket][thread]: how many of the thread's items fall into the bucket, then where the next of them goes.
   __shared__ int places[kBuckets * kThreads + kBuckets * kThreads / kWarpSize];
   __shared__ int longest, warp_sums[kThreads / kWarpSize];
@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(kThreads)
   const int first = group + min(in_group, thread * per_thread), last = group + min(in_group, (thread + 1) * per_thread);
 
   if (thread == 0) longest = 1;
+  if (thread == 0 && blockIdx.x == 0 && counter) *counter = 0;
   for (int bucket = 0; bucket < kBuckets; ++bucket) places[place(bucket * kThreads + thread)] = 0;
   __syncthreads();
   int mine = 0;
@@ -121,7 +122,7 @@ static Status heads_in_l2(const AttentionProblem& p, int64_t* heads) {
   return status_of(code, "reading the device's L2 size");
 }
 
-Status schedule_longest_first(const AttentionProblem& p, int32_t* order, void* stream) {
+Status schedule_longest_first(const AttentionProblem& p, int32_t* order, void* stream, int32_t* counter) {
   int64_t kv_heads;
   const Status status = heads_in_l2(p, &kv_heads);
   if (!status.ok()) return status;
@@ -129,7 +130,7 @@ Status schedule_longest_first(const AttentionProblem& p, int32_t* order, void* s
   const int64_t group = kv_heads * (p.heads_q / p.heads_kv) * p.lists.q_blocks,
                 items_per_group = group < items ? group : items;
   longest_first<<<unsigned((items + items_per_group - 1) / items_per_group), kThreads, 0,
-                  static_cast<cudaStream_t>(stream)>>>(RowLength{p}, int(items), int(items_per_group), order);
+                  static_cast<cudaStream_t>(stream)>>>(RowLength{p}, int(items), int(items_per_group), order, counter);
   return status_of(cudaGetLastError(), "launching the ordering of the block lists");
 }
 
@@ -149,7 +150,7 @@ Status schedule_cells_longest_first(const AttentionProblem& p, const StripePlan&
 Status schedule_keys_longest_first(const AttentionProblem& p, const int32_t* offsets, int32_t* order, void* stream) {
   const int k_blocks = int(p.k_blocks()), heads = int(p.batch * p.heads_kv);  // int32, as above
   longest_first<<<unsigned(heads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      KeyBlockLength{p, offsets, k_blocks}, heads * k_blocks, k_blocks, order);
+      KeyBlockLength{p, offsets, k_blocks}, heads * k_blocks, k_blocks, order, nullptr);
   return status_of(cudaGetLastError(), "launching the ordering of the key blocks");
 }
 

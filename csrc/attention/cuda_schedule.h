@@ -10,8 +10,9 @@ namespace sparsekit::cuda {
 /// q_blocks
 /// + m. Heads whose keys and values fit half the L2 cache together form a group; groups follow one another, and within
 /// a group the rows with the longest lists come first, rows of about equal length in their own order. `order` holds
-/// batch * heads_q * q_blocks entries.
-Status schedule_longest_first(const AttentionProblem& problem, int32_t* order, void* stream);
+/// batch * heads_q * q_blocks entries. `counter`, where CTAs take rows as they go, is set to 0.
+Status schedule_longest_first(const AttentionProblem& problem, int32_t* order, void* stream,
+                              int32_t* counter = nullptr);
 
 /// The same for backward, which walks key blocks: order[(b * heads_kv + h) * k_blocks + i] is the i-th key block that
 /// the CTAs of (b, h) should take, the most often listed first. `offsets` is BlockTranspose::offsets.

@@ -103,7 +103,6 @@ bool aligned(const HeadsView<Pointer>& view, DType dtype) {
 
 const char* refuses(const AttentionProblem& p, Direction, const CudaContext&) {
   const int in_16_bytes = p.dtype == DType::f32 ? 4 : 8;
-  if (!p.stripes.any()) return "takes columns (stripes) only";
   if (p.dtype == DType::f64) return "float64 runs on the CPU only; supported: float32, float16, bfloat16";
   if (p.packed()) return "packed batches (cu_seqlens) have no stripes; supported: [batch, heads, rows, dim]";
   if ((p.lists.block_q != 64 && p.lists.block_q != 128) || (p.lists.block_k != 64 && p.lists.block_k != 128)) {

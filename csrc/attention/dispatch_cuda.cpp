@@ -6,6 +6,7 @@ namespace sparsekit {
 namespace {
 
 constexpr const CudaAttention* table[] = {
+    &attention_cuda_sm90,
     &attention_cuda_sm80,
     &attention_cuda_stripes,
 };
@@ -13,7 +14,8 @@ constexpr const CudaAttention* table[] = {
 const char* refuses(const CudaAttention& entry, const AttentionProblem& problem, Direction direction,
                     const CudaContext& context) {
   if (context.compute_capability < 80) return "needs a GPU of compute capability 8.0 (Ampere) or newer";
-  if (problem.stripes.any() && &entry == &attention_cuda_sm80) return "takes blocks only, no columns (stripes)";
+  const bool stripes = &entry == &attention_cuda_stripes;
+  if (problem.stripes.any() != stripes) return stripes ? "takes columns (stripes) only" : "takes blocks only, no columns";
   return entry.refuses(problem, direction, context);
 }
 
