@@ -4,10 +4,12 @@
 //   backward_keys     dK, dV, dbias, and dQ by atomics (cuda_backward_keys.cuh)
 //   finish_queries    dQ in the element type, or backward_queries: dQ without atomics (cuda_backward_queries.cuh)
 //   sum_sinks         dsink, one CTA per (batch, head) so that the order of the sum is fixed
+// The first and the last are also those of stripes (cuda_backward_rows.h).
 // prepare_rows is bound by memory: it reads O and dO once.
 #include <algorithm>
 
 #include "attention/cuda_backward_launch.cuh"
+#include "attention/cuda_backward_rows.h"
 #include "attention/cuda_implementations.h"
 #include "attention/cuda_schedule.h"
 
@@ -87,22 +89,39 @@ int64_t ordered_blocks(const AttentionProblem& problem, const CudaContext& conte
   return blocks * (problem.lists.block_k / 64) > 2 * int64_t(context.multiprocessors) ? blocks : 0;
 }
 
-int64_t padded_rows(const AttentionProblem& problem) { return (problem.len_q + kPadRows - 1) / kPadRows * kPadRows; }
-
 template <class Element>
-Status run(const BackwardPlan& plan, cudaStream_t stream) {
-  const AttentionBackward& a = plan.a;
-  if (plan.padded_rows > 0) {
-    constexpr int rows = kPrepareThreads / kLanesPerRow;
-    prepare_rows<Element><<<dim3(unsigned(plan.padded_rows / rows), unsigned(a.heads_q), unsigned(a.batch)),
-                            kPrepareThreads, 0, stream>>>(plan);
-    Status status = status_of(cudaGetLastError(), "attention backward: prepare_rows");
-    if (!status.ok()) return status;
-  }
-  return launch_backward<Element>(plan, stream);
+void prepare(const BackwardPlan& plan, cudaStream_t stream) {
+  constexpr int rows = kPrepareThreads / kLanesPerRow;
+  prepare_rows<Element>
+      <<<dim3(unsigned(plan.padded_rows / rows), unsigned(plan.a.heads_q), unsigned(plan.a.batch)), kPrepareThreads, 0,
+         stream>>>(plan);
 }
 
 }  // namespace
+
+int64_t padded_rows(const AttentionProblem& problem) { return (problem.len_q + kPadRows - 1) / kPadRows * kPadRows; }
+
+Status prepare_backward_rows(const BackwardPlan& plan, cudaStream_t stream) {
+  if (plan.padded_rows == 0) return {};
+  switch (plan.a.dtype) {
+    case DType::bf16: prepare<__nv_bfloat16>(plan, stream); break;
+    case DType::f16: prepare<__half>(plan, stream); break;
+    default: prepare<float>(plan, stream); break;
+  }
+  return status_of(cudaGetLastError(), "attention backward: prepare_rows");
+}
+
+Status sum_backward_sinks(const BackwardPlan& plan, cudaStream_t stream) {
+  const AttentionBackward& a = plan.a;
+  if (!a.grad_sinks) return {};
+  if (plan.padded_rows == 0) {
+    return status_of(cudaMemsetAsync(a.grad_sinks, 0, size_t(a.batch * a.heads_q) * sizeof(float), stream),
+                     "attention backward: clearing grad_sinks");
+  }
+  sum_sinks<<<unsigned(a.batch * a.heads_q), kSumThreads, 0, stream>>>(plan);
+  return status_of(cudaGetLastError(), "attention backward: sum_sinks");
+}
+
 }  // namespace sparsekit::cuda
 
 namespace sparsekit {
@@ -157,18 +176,15 @@ Status attention_backward_sm80(const AttentionBackward& arguments, const CudaCon
     if (code != cudaSuccess) return status_of(code, "attention backward: clearing dQ's scratch");
   }
 
-  Status status = a.dtype == DType::bf16  ? run<__nv_bfloat16>(plan, stream)
-                  : a.dtype == DType::f16 ? run<__half>(plan, stream)
-                  : a.dtype == DType::f32
-                      ? run<float>(plan, stream)
-                      : error(Status::Kind::unsupported,
-                              "attention backward: query is %s; CUDA takes bfloat16, float16, float32", name(a.dtype));
-  if (!status.ok() || !a.grad_sinks) return status;
-  if (plan.padded_rows == 0)
-    return status_of(cudaMemsetAsync(a.grad_sinks, 0, size_t(a.batch * a.heads_q) * sizeof(float), stream),
-                     "attention backward: clearing grad_sinks");
-  sum_sinks<<<unsigned(a.batch * a.heads_q), kSumThreads, 0, stream>>>(plan);
-  return status_of(cudaGetLastError(), "attention backward: sum_sinks");
+  Status status = prepare_backward_rows(plan, stream);
+  if (!status.ok()) return status;
+  status = a.dtype == DType::bf16  ? launch_backward<__nv_bfloat16>(plan, stream)
+           : a.dtype == DType::f16 ? launch_backward<__half>(plan, stream)
+           : a.dtype == DType::f32
+               ? launch_backward<float>(plan, stream)
+               : error(Status::Kind::unsupported,
+                       "attention backward: query is %s; CUDA takes bfloat16, float16, float32", name(a.dtype));
+  return status.ok() ? sum_backward_sinks(plan, stream) : status;
 }
 
 }  // namespace sparsekit

@@ -7,13 +7,9 @@ namespace sparsekit {
 
 using CudaAttention = AttentionImplementation<CudaContext>;
 
-<<<<<<< HEAD
+extern const CudaAttention attention_cuda_sm90;     // cuda_forward_sm90.cu: forward on Hopper
 extern const CudaAttention attention_cuda_sm80;     // cuda_forward_sm80.cu, cuda_backward_sm80.cu
 extern const CudaAttention attention_cuda_stripes;  // cuda_stripes.cu: columns beside blocks
-=======
-extern const CudaAttention attention_cuda_sm90;  // cuda_forward_sm90.cu: forward on Hopper
-extern const CudaAttention attention_cuda_sm80;  // cuda_forward_sm80.cu, cuda_backward_sm80.cu
->>>>>>> main
 
 // The backward half of attention_cuda_sm80.
 Status attention_backward_sm80(const AttentionBackward& arguments, const CudaContext& context);
