@@ -7,6 +7,7 @@
 //   sum_backward_sinks      dsink
 // Scratch: 2 DIM floats for every key of every key head, and the plan.
 #include <algorithm>
+#include <cstdlib>
 
 #include "attention/cuda_backward_rows.h"
 #include "attention/cuda_implementations.h"
@@ -39,10 +40,11 @@ const StripesBackwardKernel* kernel_for(const AttentionProblem& p, bool bias_gra
   const int64_t most_rows = p.lists.slots_per_row() > 0 ? std::min(p.lists.block_q, p.stripes.group_size)
                                                         : p.stripes.group_size;
   const StripesBackwardKernel* found = nullptr;
+  const char* experiment = std::getenv("STRIPES_ROWS");
   for (const StripesBackwardKernel* kernel = kernels.first; kernel < kernels.first + kernels.count; ++kernel) {
     if (kernel->dim < dim || (found && kernel->dim > found->dim)) continue;
     if (ctas_that_fit(*kernel, kernel->shared_bytes(1, bias_gradient), card) == 0) continue;
-    if (!found || found->rows >= 2 * most_rows) found = kernel;
+    if (!found || found->rows >= 2 * most_rows || (experiment && std::atoi(experiment) < found->rows)) found = kernel;
   }
   return found;
 }
@@ -153,6 +155,7 @@ Status stripes_backward(const AttentionBackward& a, const CudaContext& context) 
     work.sections = int((a.len_k + work.section_keys - 1) / work.section_keys);
   }
   auto bytes = [&](int stages) { return kernel->shared_bytes(stages, bias_gradient); };
+  if (std::getenv("STRIPES_STAGES")) work.stages = std::atoi(std::getenv("STRIPES_STAGES")); else
   work.stages = ctas_that_fit(*kernel, bytes(2), card) >= ctas_that_fit(*kernel, bytes(1), card) ? 2 : 1;
 
   cudaError_t code = cudaSuccess;
