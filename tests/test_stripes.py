@@ -107,7 +107,14 @@ class StripeProblem(Problem):
         return self.run(sparsekit.stripe_sparse_attention, leaves, return_lse=True, **options)
 
     def reference(self, leaves: dict):
-        return self.run(reference.stripe_sparse_attention, leaves)
+        """In float64 on the CPU."""
+        moved = {
+            field.name: value.to("cpu")
+            for field in dataclasses.fields(self.inputs)
+            if hasattr(value := getattr(self.inputs, field.name), "to")
+        }
+        host = StripeProblem(dataclasses.replace(self.inputs, **moved), self.scale)
+        return host.run(reference.stripe_sparse_attention, leaves)
 
 
 def make_problem(case: StripeCase, backend: Backend | None, seed: int, **options) -> StripeProblem:
@@ -688,9 +695,10 @@ def test_compile_on_cuda(seed):
     torch._dynamo.reset()
     backend = next(backend for backend in BACKENDS if backend.device == "cuda")
     inputs = make_problem(TORCH_CASES["columns"], backend, seed).inputs
+    options = inputs.kwargs
 
     def attend(query, *rest):
-        return sparsekit.stripe_sparse_attention(query * 2, *rest, **inputs.kwargs) + 1
+        return sparsekit.stripe_sparse_attention(query * 2, *rest, **options) + 1
 
     leaves = [x.requires_grad_() for x in inputs.args[:3]]
     results = []

@@ -24,7 +24,8 @@ const StripesForwardKernel* kernel_for(const AttentionProblem& p) {
                                         : p.dtype == DType::f16 ? stripes_forward_kernels_f16()
                                                                 : stripes_forward_kernels_f32();
   for (const StripesForwardKernel* kernel = kernels.first; kernel < kernels.first + kernels.count; ++kernel) {
-    if (p.head_dim <= kernel->head_dim && p.value_dim <= kernel->value_dim) return kernel;
+    const bool divides = p.lists.slots_per_row() == 0 || p.lists.block_k % kernel->keys == 0;
+    if (p.head_dim <= kernel->head_dim && p.value_dim <= kernel->value_dim && divides) return kernel;
   }
   return nullptr;
 }
@@ -138,7 +139,7 @@ size_t workspace(const AttentionProblem& p, Direction direction, const CudaConte
 }  // namespace
 }  // namespace sm80
 
-const CudaAttention attention_cuda_stripes = {"stripes_sm80", sm80::refuses, sm80::workspace, sm80::forward,
-                                              stripes_backward};
+const CudaAttention attention_cuda_stripes_sm80 = {"stripes_sm80", sm80::refuses, sm80::workspace, sm80::forward,
+                                                   stripes_backward};
 
 }  // namespace sparsekit

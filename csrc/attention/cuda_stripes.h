@@ -75,14 +75,14 @@ struct StripeCut {
 
 StripeCut stripe_cut(const AttentionProblem& problem, int rows);
 
-/// A tile of a listed block as the plan stores it (16 bytes, one cp.async): its first key; what hides keys in it; and
-/// the columns and sink keys among its keys, bit by bit, where bits or a window may hide them as keys of the block.
-struct BlockTile {
+/// A tile of a listed block as the plan stores it: its first key; what hides keys in it; and the columns and sink keys
+/// among its keys, bit by bit, where bits or a window may hide them as keys of the block.
+struct alignas(16) BlockTile {
   static constexpr int whole = -3;   // nothing
   static constexpr int tail = -2;    // the end of the sequence
   static constexpr int masked = -1;  // causality and window; 0 and more: also this in-block mask
   int32_t start, mask;
-  uint32_t columns[2];
+  uint32_t columns[4];
 };
 
 /// Entries of the columns: a row of key; with the sign bit set only the band shows it. -1 pads the last tile.
@@ -104,6 +104,7 @@ struct StripePlan {
   int32_t* columns = nullptr;   // [cells here][column_capacity]
   CellCounts* counts = nullptr; // [cells here]
   int32_t* order = nullptr;     // [cells here]: longest first
+  int32_t* counter = nullptr;   // set to 0, for kernels that take units as they go
   int first_cell = 0, cells = 0;  // of a round: those that the memory holds at a time
 
   SPARSEKIT_HOST_DEVICE int all_cells() const { return list_batch * list_heads * cut.cells(); }

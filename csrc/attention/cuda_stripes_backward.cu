@@ -72,21 +72,26 @@ Status launch(Kernel kernel, int64_t ctas, const StripesBackwardKernel& about, i
 }
 
 /// The sums are zero; adds all units' shares, and writes dQ.
-Status walk_units(StripesBackward work, const StripesBackwardKernel& kernel, int bytes, void* plan_memory,
-                  const CudaContext& context) {
+Status walk_units(StripesBackward work, const StripesBackwardKernel& kernel, const SharedMemory& card,
+                  void* plan_memory, const CudaContext& context) {
   const AttentionBackward& a = work.rows.a;
   auto stream = static_cast<cudaStream_t>(context.stream);
   StripePlan& plan = work.plan;
+  auto bytes = [&](int stages) { return kernel.shared_bytes(stages, a.grad_key_bias != nullptr); };
+  work.stages = ctas_that_fit(kernel, bytes(2), card) >= ctas_that_fit(kernel, bytes(1), card) ? 2 : 1;
+  const char* experiment = std::getenv("STRIPES_STAGES");
+  const bool overlap = kernel.overlapped && bytes(3) <= card.per_block && !(experiment && std::atoi(experiment) == 2);
+  work.keys = !a.deterministic;
   for (int first = 0; first < plan.all_cells(); first += plan.cells) {
     place_stripe_plan(&plan, plan_memory, first);
     Status status = make_stripe_plan(a, plan, context.stream);
     if (!status.ok()) return status;
-    work.keys = !a.deterministic;
     const int64_t units = int64_t(plan.cells) * plan.cut.parts_of_cell() * heads_of_cell(a, plan);
-    status = launch(kernel.units, units, kernel, bytes, work, stream);
+    status = overlap ? launch(kernel.overlapped, units, kernel, bytes(3), work, stream)
+                     : launch(kernel.units, units, kernel, bytes(work.stages), work, stream);
     if (!status.ok()) return status;
     if (!a.deterministic) continue;
-    status = launch(kernel.sections, a.batch * a.heads_kv * work.sections, kernel, bytes, work, stream);
+    status = launch(kernel.sections, a.batch * a.heads_kv * work.sections, kernel, bytes(work.stages), work, stream);
     if (!status.ok()) return status;
   }
   return {};
@@ -154,10 +159,6 @@ Status stripes_backward(const AttentionBackward& a, const CudaContext& context) 
     work.section_keys = int((keys + 127) / 128 * 128);
     work.sections = int((a.len_k + work.section_keys - 1) / work.section_keys);
   }
-  auto bytes = [&](int stages) { return kernel->shared_bytes(stages, bias_gradient); };
-  if (std::getenv("STRIPES_STAGES")) work.stages = std::atoi(std::getenv("STRIPES_STAGES")); else
-  work.stages = ctas_that_fit(*kernel, bytes(2), card) >= ctas_that_fit(*kernel, bytes(1), card) ? 2 : 1;
-
   cudaError_t code = cudaSuccess;
   if (sums > 0) code = cudaMemsetAsync(work.key_sum, 0, size_t(2 * sums) * sizeof(float), stream);
   if (code == cudaSuccess && bias_gradient && a.len_k > 0) {
@@ -165,7 +166,7 @@ Status stripes_backward(const AttentionBackward& a, const CudaContext& context) 
   }
   if (code != cudaSuccess) return status_of(code, "stripe-sparse attention backward: clearing the sums");
   status = prepare_backward_rows(rows, stream);
-  if (status.ok()) status = walk_units(work, *kernel, bytes(work.stages), memory, context);
+  if (status.ok()) status = walk_units(work, *kernel, card, memory, context);
   if (status.ok()) status = kernels_of(a.dtype).finish(work, kernel->dim, stream);
   return status.ok() ? sum_backward_sinks(rows, stream) : status;
 }

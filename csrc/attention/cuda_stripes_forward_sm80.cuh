@@ -189,10 +189,12 @@ constexpr StripesForwardKernel stripes_kernel_of() {
   return {stripes_forward<Tile>, Tile::kHead, Tile::kValue, Tile::kRowsPerWarp, Tile::kKeys, Tile::kCtas};
 }
 
-/// The tile sizes of bf16 and fp16: those of blocks (cuda_forward_sm80_16bit.cuh) in the classes that matter.
+/// The tile sizes of bf16 and fp16: those of blocks (cuda_forward_sm80_16bit.cuh) in the classes that matter. Tiles of 64
+/// keys also serve blocks of 64.
 template <class Element>
 StripesForwardKernels stripes_forward_kernels_16bit() {
   static const StripesForwardKernel kernels[] = {
+      stripes_kernel_of<ForwardTile<Element, 64, 64, 32, 128, 2>>(),
       stripes_kernel_of<ForwardTile<Element, 64, 64, 32, 64, 2>>(),
       stripes_kernel_of<ForwardTile<Element, 128, 128, 32, 64, 2>>(),
       stripes_kernel_of<ForwardTile<Element, 192, 128, 32, 64, 2>>(),

@@ -172,12 +172,20 @@ class CellPlanner {
         (int64_t(stripes.list_batch == 1 ? 0 : b_) * stripes.list_heads + list_head) * stripes.groups + rows_.group;
     const int count = min(max(stripes.counts[row], 0), stripes.capacity);
     const int32_t* list = stripes.indices + row * stripes.capacity;
-#pragma unroll 4
-    for (int slot = threadIdx.x; slot < count; slot += kThreads) {
-      const int key = list[slot];
-      if (key < begin_ || key >= end_ || hidden(key_position(key))) continue;
-      const int at = int(key - begin_);
-      atomicOr(&columns_[at / 32], 1u << (at % 32));
+    constexpr int kBatch = 8;  // loads of a thread that are under way together
+    for (int first = threadIdx.x; first < count; first += kBatch * kThreads) {
+      int keys[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int slot = first + i * kThreads;
+        keys[i] = slot < count ? list[slot] : -1;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (keys[i] < begin_ || keys[i] >= end_ || hidden(key_position(keys[i]))) continue;
+        const int at = int(keys[i] - begin_);
+        atomicOr(&columns_[at / 32], 1u << (at % 32));
+      }
     }
   }
 
@@ -219,23 +227,21 @@ class CellPlanner {
     const int keys = plan_.tile_keys;
     const int64_t start = block_start + number * keys, last = start + keys - 1;
     if (start >= p_.len_k) return false;
-    *tile = {int(start), last < p_.len_k ? BlockTile::whole : BlockTile::tail, {0, 0}};
+    *tile = {int(start), last < p_.len_k ? BlockTile::whole : BlockTile::tail, {0, 0, 0, 0}};
+    bool columns = false;
     if (!partial) return true;
     tile->mask = bits;
     const bool windowed = p_.window_left >= 0 || p_.window_right >= 0;
     if (bits >= 0 || windowed) {  // else it shows all that columns, sink and band could
       const int at = int(start - begin_);
-      if (keys == 64) {
-        tile->columns[0] = columns_[at / 32];
-        tile->columns[1] = columns_[at / 32 + 1];
-      } else {
-        const uint32_t word = columns_[at / 32] >> (at % 32);
-        tile->columns[0] = keys == 32 ? word : word & 0xffff;
+      for (int w = 0; w * 32 < keys; ++w) {
+        const uint32_t word = columns_[at / 32 + w] >> (at % 32);
+        tile->columns[w] = keys < 32 ? word & 0xffff : word;
+        columns |= tile->columns[w] != 0;
       }
     }
     if (p_.query_positions || p_.key_positions) return true;
     const KeyRange first_row = key_range(p_, b_, rows_.first), last_row = key_range(p_, b_, rows_.end - 1);
-    const bool columns = tile->columns[0] | tile->columns[1];
     const bool local = p_.stripes.local > 0 && start <= most_ && last > least_ - p_.stripes.local;
     if ((start > last_row.high || last < first_row.low) && !columns && !local) return false;
     if (bits < 0 && last < p_.len_k && last <= first_row.high && start >= last_row.low) tile->mask = BlockTile::whole;
@@ -279,14 +285,24 @@ class CellPlanner {
       if (w < warp) at += scratch_[w];
       column_count_ += scratch_[w];
     }
-    for (int w = from; w < to; ++w) {  // a word at a time: 32 lanes write neighbours
-      const uint32_t plain = columns_[w], all = plain | band_[w];
-      const int place = at + __popc(all & ((1u << lane) - 1));
-      if (all >> lane & 1 && place < plan_.column_capacity) {
-        const int key = int(begin_) + w * 32 + lane;
-        entries_[place] = plain >> lane & 1 ? key : key | INT_MIN;
+    const int capacity = int(plan_.column_capacity);
+    for (int w = from; w < to; w += kWarpSize) {  // a word per lane
+      const uint32_t plain = w + lane < to ? columns_[w + lane] : 0;
+      const uint32_t all = plain | (w + lane < to ? band_[w + lane] : 0);
+      const int count = __popc(all);
+      int place = count;
+      for (int step = 1; step < kWarpSize; step *= 2) {
+        const int left = __shfl_up_sync(kAllLanes, place, step);
+        if (lane >= step) place += left;
       }
-      at += __popc(all);
+      const int total = __shfl_sync(kAllLanes, place, kWarpSize - 1);
+      place += at - count;
+      const int first = int(begin_) + (w + lane) * 32;
+      for (uint32_t left = all; left && place < capacity; left &= left - 1) {
+        const int i = __ffs(left) - 1;
+        entries_[place++] = plain >> i & 1 ? first + i : (first + i) | INT_MIN;
+      }
+      at += total;
     }
     __syncthreads();
   }
@@ -304,7 +320,7 @@ class CellPlanner {
   int tile_count_ = 0, column_count_ = 0;
 };
 
-__global__ void __launch_bounds__(kThreads) plan_cells(const __grid_constant__ PlanArguments arguments) {
+__global__ void __launch_bounds__(kThreads, 5) plan_cells(const __grid_constant__ PlanArguments arguments) {
   extern __shared__ uint32_t shared[];
   __shared__ int scratch[2 * kWarps];
   CellPlanner(arguments, shared, scratch).run();
@@ -358,7 +374,7 @@ StripePlan stripe_plan(const AttentionProblem& p, int rows, int tile_keys) {
     columns += p.key_positions || p.query_positions ? p.len_k : std::min(stripes.local, p.len_k) + cell_rows;
   }
   columns = std::min(columns, p.len_k);
-  plan.column_capacity = (columns + 63) / 64 * 64;
+  plan.column_capacity = (columns + 127) / 128 * 128;
   return plan;
 }
 
@@ -368,7 +384,7 @@ int stripe_plan_cells_at_once(const StripePlan& plan) {
 }
 
 size_t stripe_plan_bytes(const StripePlan& plan) {
-  return size_t(cell_bytes(plan)) * size_t(stripe_plan_cells_at_once(plan)) + 64;
+  return size_t(cell_bytes(plan)) * size_t(stripe_plan_cells_at_once(plan)) + sizeof(int32_t);
 }
 
 void place_stripe_plan(StripePlan* plan, void* memory, int first_cell) {
@@ -381,6 +397,7 @@ void place_stripe_plan(StripePlan* plan, void* memory, int first_cell) {
   plan->counts = reinterpret_cast<CellCounts*>(at);
   at += cells * int64_t(sizeof(CellCounts));
   plan->order = reinterpret_cast<int32_t*>(at);
+  plan->counter = plan->order + cells;
   plan->first_cell = first_cell;
   plan->cells = int(std::min<int64_t>(cells, plan->all_cells() - first_cell));
 }

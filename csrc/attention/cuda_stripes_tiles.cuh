@@ -43,7 +43,7 @@ __device__ __forceinline__ StripeUnit stripe_unit(const AttentionProblem& p, con
 template <int KEYS>
 struct TileRing {
   static constexpr int kPlaces = 4, kBytes = kPlaces * KEYS * 4;
-  static_assert(KEYS * 4 >= int(sizeof(BlockTile)) && KEYS % 16 == 0);
+  static_assert(KEYS * 4 >= int(sizeof(BlockTile)) && KEYS <= 128 && KEYS % 16 == 0);
 
   const BlockTile* tiles;
   const int32_t* columns;
@@ -65,8 +65,8 @@ struct TileRing {
     const uint32_t to = shared_address(place) + threadIdx.x * kChunkBytes;
     if (!of_block(tile)) {
       copy_async_16(to, columns + int64_t(tile - block_tiles) * KEYS + threadIdx.x * 4, true);
-    } else if (threadIdx.x == 0) {
-      copy_async_16(to, tiles + tile, true);
+    } else if (threadIdx.x < sizeof(BlockTile) / kChunkBytes) {
+      copy_async_16(to, reinterpret_cast<const char*>(tiles + tile) + threadIdx.x * kChunkBytes, true);
     }
   }
 };
@@ -74,6 +74,19 @@ struct TileRing {
 /// Row of key that stands at `n` of a tile; at or past the end of key where there is none.
 __device__ __forceinline__ int tile_row(const int32_t* place, bool of_block, int n) {
   return of_block ? place[0] + n : place[n] & kColumnRow;
+}
+
+/// How many of the ascending entries are rows below `key`. By a whole warp, 32 probes at a time.
+__device__ __forceinline__ int entries_below(const int32_t* columns, int count, int key) {
+  int low = 0, high = count;
+  while (low < high) {
+    const int step = (high - low + kWarpSize - 1) / kWarpSize, at = low + int(threadIdx.x % kWarpSize) * step;
+    const int less = __popc(__ballot_sync(kAllLanes, at < high && (columns[at] & kColumnRow) < key));
+    if (less == 0) break;
+    high = min(high, low + less * step);
+    low += (less - 1) * step + 1;
+  }
+  return low;
 }
 
 /// What hides keys from the rows of one unit.
@@ -133,7 +146,7 @@ struct StripeSight {
     const int block_start = place[0] - place[0] % p.lists.block_k;
     uint32_t seen = visible_word(p, batch, row, key, block_start, mask, partial, wanted);
     if (!partial) return seen;
-    const uint32_t columns = (first < 32 ? uint32_t(place[2]) : uint32_t(place[3])) >> (first % 32);
+    const uint32_t columns = uint32_t(place[2 + first / 32]) >> (first % 32);
     const KeyRange before{INT_MIN, p.causal ? int(at) : INT_MAX};
     const KeyRange band{int(max(local + 1, int64_t(INT_MIN))), p.stripes.local > 0 ? int(at) : INT_MIN};
     if (!positions) {

@@ -11,7 +11,8 @@ namespace {
 constexpr const CudaAttention* table[] = {
     &attention_cuda_sm90,
     &attention_cuda_sm80,
-    &attention_cuda_stripes,
+    &attention_cuda_stripes_sm90,
+    &attention_cuda_stripes_sm80,
 };
 
 const char* refuses(const CudaAttention& entry, const AttentionProblem& problem, Direction direction,
@@ -19,7 +20,7 @@ const char* refuses(const CudaAttention& entry, const AttentionProblem& problem,
   if (context.compute_capability < 80) return "needs a GPU of compute capability 8.0 (Ampere) or newer";
   const char* forced = std::getenv("SPARSEKIT_CUDA_KERNELS");  // experiment
   if (forced && !std::strstr(entry.name, forced)) return "SPARSEKIT_CUDA_KERNELS forces another implementation";
-  const bool stripes = &entry == &attention_cuda_stripes;
+  const bool stripes = &entry == &attention_cuda_stripes_sm90 || &entry == &attention_cuda_stripes_sm80;
   if (problem.stripes.any() != stripes) return stripes ? "takes columns (stripes) only" : "takes blocks only, no columns";
   return entry.refuses(problem, direction, context);
 }
