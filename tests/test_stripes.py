@@ -150,6 +150,15 @@ def test_features(backend, feature, dtype, seed):
     check_forward(backend, problem)
 
 
+@pytest.mark.parametrize("group_size, dims", [(128, (128, 128)), (256, (64, 64)), (384, (80, 128))], ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_of_large_groups(backend, feature, group_size, dims, seed):
+    """Whole tiles of 128 rows and of 128 keys: what the largest kernels take."""
+    case = BASE.with_(head_dim=dims[0], value_dim=dims[1], group_size=group_size, block_size=(128, 128), heads_q=4)
+    case = case.with_(len_q=300, len_k=390, dtype=torch.bfloat16).with_(**FEATURES[feature])
+    check_forward(backend, make_problem(case, backend, seed))
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_the_reference_sees_what_the_loops_see(feature, seed):
     problem = make_problem(BASE.with_(heads_q=4, batch=2, **FEATURES[feature]), None, seed)
@@ -223,11 +232,13 @@ def test_random_problems(backend, problem):
 
 
 @pytest.mark.parametrize("length", [100, 1030, 4099])
+@pytest.mark.parametrize("rows", [64, 128])
 @pytest.mark.parametrize("feature", ["columns", "causal", "band", "local", "blocks-causal", "blocks-bits"])
-def test_counts_every_key_once(backend, feature, length, seed):
+def test_counts_every_key_once(backend, feature, rows, length, seed):
     """Queries of zero weigh all keys alike: exp(lse) is the number of keys, and out tells which."""
-    case = BASE.with_(heads_q=1, heads_kv=1, value_dim=128, dtype=torch.bfloat16, columns=0.3, **FEATURES[feature])
-    problem = make_problem(case.with_(len_q=96, len_k=length), backend, seed)
+    case = BASE.with_(heads_q=1, heads_kv=1, value_dim=128, dtype=torch.bfloat16, **FEATURES[feature])
+    case = case.with_(group_size=rows, block_size=(rows, rows), columns=0.3, len_q=96, len_k=length)
+    problem = make_problem(case, backend, seed)
     with backend.running(*problem.about, **problem.kind), torch.no_grad():
         key = torch.arange(length)
         value = torch.zeros(length, 128)
