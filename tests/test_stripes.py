@@ -150,8 +150,11 @@ def test_features(backend, feature, dtype, seed):
     check_forward(backend, problem)
 
 
-@pytest.mark.parametrize("group_size, dims", [(128, (128, 128)), (256, (64, 64)), (384, (80, 128))], ids=str)
-@pytest.mark.parametrize("feature", FEATURES)
+LARGE_GROUPS = [(feature, 128, (128, 128)) for feature in FEATURES]
+LARGE_GROUPS += [("band", 256, (64, 64)), ("everything", 256, (64, 64)), ("blocks-causal", 384, (80, 128))]
+
+
+@pytest.mark.parametrize("feature, group_size, dims", LARGE_GROUPS, ids=str)
 def test_features_of_large_groups(backend, feature, group_size, dims, seed):
     """Whole tiles of 128 rows and of 128 keys: what the largest kernels take."""
     case = BASE.with_(head_dim=dims[0], value_dim=dims[1], group_size=group_size, block_size=(128, 128), heads_q=4)
@@ -231,8 +234,7 @@ def test_random_problems(backend, problem):
         check_forward(backend, problem, times=SEARCHED)
 
 
-@pytest.mark.parametrize("length", [100, 1030, 4099])
-@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("length, rows", [(100, 64), (1030, 64), (1030, 128), (4099, 64)])
 @pytest.mark.parametrize("feature", ["columns", "causal", "band", "local", "blocks-causal", "blocks-bits"])
 def test_counts_every_key_once(backend, feature, rows, length, seed):
     """Queries of zero weigh all keys alike: exp(lse) is the number of keys, and out tells which."""

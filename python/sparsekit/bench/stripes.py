@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write everything that was measured")
 
 
-def _dense_backend(device: str):
+def dense_backend(device: str):
     """cuDNN on a GPU, else torch's choice."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -63,7 +63,7 @@ def contenders(case, options) -> list[Contender]:
 
     def dense(query, key, value):
         grouped = case.heads_q != case.heads_kv
-        with _dense_backend(options.device):
+        with dense_backend(options.device):
             return F.scaled_dot_product_attention(query, key, value, is_causal=case.causal, enable_gqa=grouped)
 
     everything = case.batch * case.heads_q * case.len_q * (case.len_k + 1 if case.causal else 2 * case.len_k) // 2
