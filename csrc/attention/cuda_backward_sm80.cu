@@ -4,10 +4,12 @@
 //   backward_keys     dK, dV, dbias, and dQ by atomics (cuda_backward_keys.cuh)
 //   finish_queries    dQ in the element type, or backward_queries: dQ without atomics (cuda_backward_queries.cuh)
 //   sum_sinks         dsink, one CTA per (batch, head) so that the order of the sum is fixed
+// The first and the last are also those of stripes (cuda_backward_rows.h).
 // prepare_rows is bound by memory: it reads O and dO once.
 #include <algorithm>
 
 #include "attention/cuda_backward_launch.cuh"
+#include "attention/cuda_backward_rows.h"
 #include "attention/cuda_implementations.h"
 #include "attention/cuda_schedule.h"
 
@@ -98,33 +100,51 @@ int64_t ordered_blocks(const AttentionProblem& problem, const CudaContext& conte
   return blocks * (problem.lists.block_k / 64) > 2 * int64_t(context.multiprocessors) ? blocks : 0;
 }
 
-/// Bytes of BackwardPlan::kept_out, which a gradient of lse beside sinks needs.
-size_t kept_out_bytes(const AttentionProblem& p) {
-  return p.sinks ? size_t(p.batch * p.heads_q * p.len_q * p.value_dim * size_of(p.dtype)) : 0;
+template <class Element>
+void prepare(const BackwardPlan& plan, cudaStream_t stream) {
+  constexpr int rows = kPrepareThreads / kLanesPerRow;
+  prepare_rows<Element>
+      <<<dim3(unsigned(plan.padded_rows / rows), unsigned(plan.a.heads_q), unsigned(plan.a.batch)), kPrepareThreads, 0,
+         stream>>>(plan);
 }
+
+}  // namespace
 
 int64_t padded_rows(const AttentionProblem& problem) { return (problem.len_q + kPadRows - 1) / kPadRows * kPadRows; }
 
-template <class Element>
-Status run(BackwardPlan plan, cudaStream_t stream) {
-  AttentionBackward& a = plan.a;
-  if (plan.padded_rows > 0) {
-    constexpr int rows = kPrepareThreads / kLanesPerRow;
-    prepare_rows<Element><<<dim3(unsigned(plan.padded_rows / rows), unsigned(a.heads_q), unsigned(a.batch)),
-                            kPrepareThreads, 0, stream>>>(plan);
-    Status status = status_of(cudaGetLastError(), "attention backward: prepare_rows");
-    if (!status.ok()) return status;
+int64_t kept_out_bytes(const AttentionProblem& p) {
+  return p.sinks ? p.batch * p.heads_q * p.len_q * p.value_dim * size_of(p.dtype) : 0;
+}
+
+Status prepare_backward_rows(BackwardPlan* plan, void* kept_out, cudaStream_t stream) {
+  if (plan->padded_rows == 0) return {};
+  AttentionBackward& a = plan->a;
+  if (a.grad_lse && a.sinks) plan->kept_out = kept_out;
+  switch (a.dtype) {
+    case DType::bf16: prepare<__nv_bfloat16>(*plan, stream); break;
+    case DType::f16: prepare<__half>(*plan, stream); break;
+    default: prepare<float>(*plan, stream); break;
   }
-  if (plan.kept_out) {
-    a.grad_out.data = plan.kept_out;
+  if (plan->kept_out) {
+    a.grad_out.data = plan->kept_out;
     a.grad_out.row = a.value_dim;
     a.grad_out.head = a.len_q * a.grad_out.row;
     a.grad_out.batch = a.heads_q * a.grad_out.head;
   }
-  return launch_backward<Element>(plan, stream);
+  return status_of(cudaGetLastError(), "attention backward: prepare_rows");
 }
 
-}  // namespace
+Status sum_backward_sinks(const BackwardPlan& plan, cudaStream_t stream) {
+  const AttentionBackward& a = plan.a;
+  if (!a.grad_sinks) return {};
+  if (plan.padded_rows == 0) {
+    return status_of(cudaMemsetAsync(a.grad_sinks, 0, size_t(a.batch * a.heads_q) * sizeof(float), stream),
+                     "attention backward: clearing grad_sinks");
+  }
+  sum_sinks<<<unsigned(a.batch * a.heads_q), kSumThreads, 0, stream>>>(plan);
+  return status_of(cudaGetLastError(), "attention backward: sum_sinks");
+}
+
 }  // namespace sparsekit::cuda
 
 namespace sparsekit {
@@ -133,7 +153,7 @@ size_t attention_backward_workspace_sm80(const AttentionProblem& problem, const 
   const int64_t rows = problem.batch * problem.heads_q * cuda::padded_rows(problem);
   const int64_t dim = cuda::backward_dim(problem.dtype, problem.head_dim, problem.value_dim);
   return size_t(rows * (3 + dim) + cuda::ordered_blocks(problem, context)) * sizeof(float) +
-         cuda::kept_out_bytes(problem);
+         size_t(cuda::kept_out_bytes(problem));
 }
 
 Status attention_backward_sm80(const AttentionBackward& arguments, const CudaContext& context) {
@@ -164,10 +184,9 @@ Status attention_backward_sm80(const AttentionBackward& arguments, const CudaCon
   plan.row_lse = floats;
   plan.row_delta = floats + rows;
   if (a.grad_sinks) plan.row_sink = floats + 2 * rows;
-  auto* behind = reinterpret_cast<char*>(floats + 3 * rows);  // a multiple of 16 bytes, as rows is of kPadRows
-  if (a.grad_lse && a.sinks) plan.kept_out = behind;
+  auto* kept_out = reinterpret_cast<char*>(floats + 3 * rows);  // a multiple of 16 bytes, as rows is of kPadRows
   if (ordered_blocks(a, context) > 0) {
-    auto* order = reinterpret_cast<int32_t*>(behind + kept_out_bytes(a));
+    auto* order = reinterpret_cast<int32_t*>(kept_out + kept_out_bytes(a));
     Status status = schedule_keys_longest_first(a, a.transpose.offsets, order, context.stream);
     if (!status.ok()) return status;
     plan.order = order;
@@ -182,18 +201,15 @@ Status attention_backward_sm80(const AttentionBackward& arguments, const CudaCon
     if (code != cudaSuccess) return status_of(code, "attention backward: clearing dQ's scratch");
   }
 
-  Status status = a.dtype == DType::bf16  ? run<__nv_bfloat16>(plan, stream)
-                  : a.dtype == DType::f16 ? run<__half>(plan, stream)
-                  : a.dtype == DType::f32
-                      ? run<float>(plan, stream)
-                      : error(Status::Kind::unsupported,
-                              "attention backward: query is %s; CUDA takes bfloat16, float16, float32", name(a.dtype));
-  if (!status.ok() || !a.grad_sinks) return status;
-  if (plan.padded_rows == 0)
-    return status_of(cudaMemsetAsync(a.grad_sinks, 0, size_t(a.batch * a.heads_q) * sizeof(float), stream),
-                     "attention backward: clearing grad_sinks");
-  sum_sinks<<<unsigned(a.batch * a.heads_q), kSumThreads, 0, stream>>>(plan);
-  return status_of(cudaGetLastError(), "attention backward: sum_sinks");
+  Status status = prepare_backward_rows(&plan, kept_out, stream);
+  if (!status.ok()) return status;
+  status = a.dtype == DType::bf16  ? launch_backward<__nv_bfloat16>(plan, stream)
+           : a.dtype == DType::f16 ? launch_backward<__half>(plan, stream)
+           : a.dtype == DType::f32
+               ? launch_backward<float>(plan, stream)
+               : error(Status::Kind::unsupported,
+                       "attention backward: query is %s; CUDA takes bfloat16, float16, float32", name(a.dtype));
+  return status.ok() ? sum_backward_sinks(plan, stream) : status;
 }
 
 }  // namespace sparsekit
