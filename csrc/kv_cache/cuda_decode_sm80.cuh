@@ -24,20 +24,22 @@ constexpr int kDecodeWarps = 4, kDecodeThreads = 32 * kDecodeWarps;
 constexpr int kColumns = 8;  // query rows of a CTA
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
+// Loads that the compiler may move: latency is hidden by other work. Only `fresh` holds them back: an address that went
+// through it is read after the waits and stores before it.
+__device__ __forceinline__ uint32_t fresh(uint32_t address) {
+  asm volatile("" : "+r"(address) : : "memory");
+  return address;
+}
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(address)
-               : "memory");
+  asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address));
   return x;
 }
 __device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
   uint2 x;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];\n" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+  asm("ld.shared.v2.u32 {%0, %1}, [%2];\n" : "=r"(x.x), "=r"(x.y) : "r"(address));
   return x;
 }
-
 __device__ __forceinline__ uint16_t load_shared_2(uint32_t address) {
   uint16_t x;
   asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(x) : "r"(address) : "memory");
@@ -318,8 +320,9 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
     copy_async_wait<kPending>();
     if (SLOTS > 1) start_copy(2 * tile + SLOTS - 1);
     const int start = (first + tile * kDecodeWarps) * kTokens;
-    const uint32_t key = ring + 2 * tile % SLOTS * kTile;
-    float x[1][2][4] = {};
+    const uint32_t key = fresh(ring + 2 * tile % SLOTS * kTile);
+    // Products that follow each other go to different sums: one waits about 33 cycles for the one before it.
+    float x[1][2][4] = {}, other[2][4] = {};
 #pragma unroll
     for (int q = 0; q < DIM / 32; ++q) {
       uint4 k[4];
@@ -328,11 +331,16 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         const uint32_t low[4] = {k[2 * m].x, k[2 * m + 1].x, k[2 * m].y, k[2 * m + 1].y};
-        const uint32_t high[4] = {k[2 * m].z, k[2 * m + 1].z, k[2 * m].w, k[2 * m + 1].w};
         mma_m16n8k16<Element>(x[0][m], low, query[q][0], query[q][1]);
-        mma_m16n8k16<Element>(x[0][m], high, query[q][2], query[q][3]);
+      }
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const uint32_t high[4] = {k[2 * m].z, k[2 * m + 1].z, k[2 * m].w, k[2 * m + 1].w};
+        mma_m16n8k16<Element>(other[m], high, query[q][2], query[q][3]);
       }
     }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[0][i / 4][i % 4] += other[i / 4][i % 4];
     // Tokens whose page is out of range are none. Asked for only where it can matter: a table is in use.
     uint32_t exist = kAllLanes;
     const bool ends = start + kTokens > tokens || number(start + kTokens - 1) >= columns.least_limit;
@@ -366,7 +374,7 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
       copy_async_wait<kPending>();
       start_copy(2 * tile + SLOTS);
     }
-    const uint32_t value = ring + (2 * tile + 1) % SLOTS * kTile;
+    const uint32_t value = fresh(ring + (2 * tile + 1) % SLOTS * kTile);
 #pragma unroll
     for (int q = 0; q < DIM / 64; ++q) {
       uint4 v[8];
@@ -381,9 +389,9 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
         }
       }
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
+      for (int k = 0; k < 2; ++k) {
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
+        for (int u = 0; u < 4; ++u) {
           auto word = [&](int i) { return u == 0 ? v[i].x : u == 1 ? v[i].y : u == 2 ? v[i].z : v[i].w; };
           const uint32_t even = word(2 * k), even_later = word(2 * k + 4);
           const uint32_t odd = word(2 * k + 1), odd_later = word(2 * k + 5);

@@ -301,9 +301,8 @@ struct PackedDecode {
     return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
   }
 
-  /// x[s][m] += codes of load i, step s, times B. `add(words, j)` is called for every k step with the A operands.
-  template <class Add>
-  __device__ __forceinline__ void each_product(uint32_t slot, int i, int s, const Add& add) const {
+  /// Codes of load i, step s: of the four tokens, as A operands.
+  __device__ __forceinline__ void load_codes(uint32_t slot, int i, int s, uint32_t (&codes)[4][2 * C::kSteps]) const {
     const uint4 words = load_shared(slot + lane * 16 + (i * kBlocks + s) * 512);
     uint4 high = make_uint4(0, 0, 0, 0);
     if (C::kHigh) {
@@ -311,18 +310,15 @@ struct PackedDecode {
       const int by = 4 * (t & 1);
       high.x >>= by, high.y >>= by, high.z >>= by, high.w >>= by;
     }
-    uint32_t codes[4][2 * C::kSteps];
 #pragma unroll
     for (int a = 0; a < 4; ++a) C::unpack(word_of(words, a), word_of(high, a), codes[a]);
-#pragma unroll
-    for (int j = 0; j < C::kSteps; ++j) {
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        const uint32_t a[4] = {codes[2 * m][2 * j], codes[2 * m + 1][2 * j], codes[2 * m][2 * j + 1],
-                               codes[2 * m + 1][2 * j + 1]};
-        add(a, j, m);
-      }
-    }
+  }
+  /// sum += the codes of two tokens per row (m: the first or the second two), step j, times B.
+  __device__ __forceinline__ static void add_product(float (&sum)[4], const uint32_t (&codes)[4][2 * C::kSteps], int m,
+                                                     int j, const uint32_t (&b)[2]) {
+    const uint32_t a[4] = {codes[2 * m][2 * j], codes[2 * m + 1][2 * j], codes[2 * m][2 * j + 1],
+                           codes[2 * m + 1][2 * j + 1]};
+    mma_m16n8k16<__half>(sum, a, b[0], b[1]);
   }
 
   /// Halves of the channels of a word of load i, from a row [DIM] in shared memory: pairs as the codes have them.
@@ -433,13 +429,19 @@ struct PackedDecode {
             factors[j][c] = bits_of(product);
           }
         }
+        // Products that follow each other go to different sums: one waits about 33 cycles for the one before it.
+        uint32_t codes[kBlocks][4][2 * C::kSteps];
 #pragma unroll
-        for (int s = 0; s < kBlocks; ++s) {
-          if (HALVES && !C::kMixed && s != k) continue;
-          each_product(slot, i, s, [&](const uint32_t (&a)[4], int j, int m) {
-            mma_m16n8k16<__half>(y[s][m], a, factors[j][0], factors[j][1]);
-            mma_m16n8k16<__half>(y[s][m], a, rest[j][0], rest[j][1]);
-          });
+        for (int s = 0; s < kBlocks; ++s) load_codes(slot, i, s, codes[s]);
+#pragma unroll
+        for (int part = 0; part < 2 * C::kSteps; ++part) {
+          const int j = part / 2;
+#pragma unroll
+          for (int s = 0; s < kBlocks; ++s) {
+            if (HALVES && !C::kMixed && s != k) continue;
+#pragma unroll
+            for (int m = 0; m < 2; ++m) add_product(y[s][m], codes[s], m, j, part % 2 ? rest[j] : factors[j]);
+          }
         }
       }
 #pragma unroll
@@ -464,11 +466,16 @@ struct PackedDecode {
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
+      uint32_t codes[kBlocks][4][2 * C::kSteps];
 #pragma unroll
-      for (int s = 0; s < kBlocks; ++s) {
-        each_product(slot, i, s, [&](const uint32_t (&a)[4], int j, int m) {
-          mma_m16n8k16<__half>(y[s][m], a, query[i][j][0], query[i][j][1]);
-        });
+      for (int s = 0; s < kBlocks; ++s) load_codes(slot, i, s, codes[s]);
+#pragma unroll
+      for (int j = 0; j < C::kSteps; ++j) {
+#pragma unroll
+        for (int s = 0; s < kBlocks; ++s) {
+#pragma unroll
+          for (int m = 0; m < 2; ++m) add_product(y[s][m], codes[s], m, j, query[i][j]);
+        }
       }
       if ((i + 1) % loads != 0 && i + 1 < kLoads) continue;
       const int k = i / loads;
@@ -589,6 +596,7 @@ struct PackedDecode {
     const float bound = kHalfLargest * __uint_as_float(uint32_t(127 - state.exponent) << 23);
     const bool fits = __low2float(most) <= bound && __high2float(most) <= bound;
     if (__builtin_expect(__any_sync(kAllLanes, !fits), 0)) rare_scales(slot, weights);
+    slot = fresh(slot);
 
     uint32_t pairs[2 * kBlocks][2];  // B of k step 2 s + i: tokens (0, 2), (1, 3) of the lane's 4
 #pragma unroll
@@ -623,42 +631,52 @@ struct PackedDecode {
       pairs[k][0] = multiply(pairs[k][0], half_down);
       pairs[k][1] = multiply(pairs[k][1], half_down);
     }
+    constexpr int kParts = C::kMixed ? 1 : kBlocks * (2 / C::kSteps);  // loads of 32 channels
     uint32_t scaled[2 * kBlocks][2];
+    // 64 channels at a time: four sums, so that products do not wait for the one before.
 #pragma unroll
-    for (int q = 0; q < DIM / 32; ++q) {
-      if (32 * q % f.group_size == 0) {
-        const int k = 32 * q / f.group_size;
+    for (int q = 0; q < DIM / 32; q += 2) {
+      const bool split = f.group_size == 32;
 #pragma unroll
-        for (int s = 0; s < kBlocks; ++s) {
-          const int token = tokens_of(s);
-          const uint4 x = load_shared(slot + kCodeBytes + (token / 32 * 2 * f.groups + k) * 64 + token % 32 * 2);
-          scaled[2 * s][0] = multiply(pairs[2 * s][0], even_of(x.x, x.y));
-          scaled[2 * s][1] = multiply(pairs[2 * s][1], odd_of(x.x, x.y));
-          scaled[2 * s + 1][0] = multiply(pairs[2 * s + 1][0], even_of(x.z, x.w));
-          scaled[2 * s + 1][1] = multiply(pairs[2 * s + 1][1], odd_of(x.z, x.w));
+      for (int half = 0; half < 2; ++half) {
+        if (half == 1 && !split) break;
+        if (32 * (q + half) % f.group_size == 0) {
+          const int k = 32 * (q + half) / f.group_size;
+#pragma unroll
+          for (int s = 0; s < kBlocks; ++s) {
+            const int token = tokens_of(s);
+            const uint4 x = load_shared(slot + kCodeBytes + (token / 32 * 2 * f.groups + k) * 64 + token % 32 * 2);
+            scaled[2 * s][0] = multiply(pairs[2 * s][0], even_of(x.x, x.y));
+            scaled[2 * s][1] = multiply(pairs[2 * s][1], odd_of(x.x, x.y));
+            scaled[2 * s + 1][0] = multiply(pairs[2 * s + 1][0], even_of(x.z, x.w));
+            scaled[2 * s + 1][1] = multiply(pairs[2 * s + 1][1], odd_of(x.z, x.w));
+          }
         }
-      }
-      constexpr int kParts = C::kMixed ? 1 : kBlocks * (2 / C::kSteps);  // loads of 32 channels
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        const uint4 words = load_shared(slot + lane * 16 + (q * kParts + part) * 512);
-        uint4 high = make_uint4(0, 0, 0, 0);
-        if (C::kHigh) {
-          high = load_shared(slot + lane * 16 + (kCodeLoads + q) * 512);
-          const int by = 4 * (t & 1);
-          high.x >>= by, high.y >>= by, high.z >>= by, high.w >>= by;
-        }
-        uint32_t codes[4][2 * C::kSteps];
+        for (int part = 0; part < kParts; ++part) {
+          uint32_t codes[2][4][2 * C::kSteps];
 #pragma unroll
-        for (int c = 0; c < 4; ++c) C::unpack(word_of(words, c), word_of(high, c), codes[c]);
+          for (int c = 0; c < 2; ++c) {
+            if (split && c != half) continue;
+            const uint4 words = load_shared(slot + lane * 16 + ((q + c) * kParts + part) * 512);
+            uint4 high = make_uint4(0, 0, 0, 0);
+            if (C::kHigh) {
+              high = load_shared(slot + lane * 16 + (kCodeLoads + q + c) * 512);
+              const int by = 4 * (t & 1);
+              high.x >>= by, high.y >>= by, high.z >>= by, high.w >>= by;
+            }
 #pragma unroll
-        for (int j = 0; j < C::kSteps; ++j) {
-          const int k = part * C::kSteps + j;
+            for (int a = 0; a < 4; ++a) C::unpack(word_of(words, a), word_of(high, a), codes[c][a]);
+          }
 #pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            const uint32_t a[4] = {codes[2 * m][2 * j], codes[2 * m + 1][2 * j], codes[2 * m][2 * j + 1],
-                                   codes[2 * m + 1][2 * j + 1]};
-            mma_m16n8k16<__half>(out[2 * q + m], a, scaled[k][0], scaled[k][1]);
+          for (int j = 0; j < C::kSteps; ++j) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              if (split && c != half) continue;
+#pragma unroll
+              for (int m = 0; m < 2; ++m)
+                add_product(out[2 * (q + c) + m], codes[c], m, j, scaled[part * C::kSteps + j]);
+            }
           }
         }
       }
@@ -687,7 +705,7 @@ struct PackedDecode {
       __syncwarp();  // scales are copied by other lanes than those that read them
       start_copy(2 * tile + kSlots - 1);
       float x[kBlocks][2][4];
-      const uint32_t key = ring + 2 * tile % kSlots * slot_size;
+      const uint32_t key = fresh(ring + 2 * tile % kSlots * slot_size);
       if (CHANNEL) {
         scores_per_channel(key, tile == 0, x);
       } else {
@@ -710,7 +728,7 @@ struct PackedDecode {
       copy_async_wait<kSlots - 2>();
       __syncwarp();
       start_copy(2 * tile + kSlots);
-      add_values(ring + (2 * tile + 1) % kSlots * slot_size, weights);
+      add_values(fresh(ring + (2 * tile + 1) % kSlots * slot_size), weights);
     }
     copy_async_wait<0>();
     // Minima of a group of channels, times their factor, to all of its channels.
