@@ -70,7 +70,7 @@ LOOP(bf16_avx512, "vdpbf16ps", "zmm", TWENTY, "20", "21")
 
 /// Four sums of products of tiles that stay where they are: 16 cycles each, and 52 until one can be added to. Tiles are
 /// loaded: as ldtilecfg leaves them they seem not to need the unit that two hardware threads share (42 TFLOP/s on 16
-/// threads, which reach 17 with tiles that were loaded, be it with zeros).
+/// threads, which reach 15 to 17 with tiles that were loaded, be it with zeros).
 void bf16_amx(int64_t rounds) {
   struct alignas(64) Shapes {
     uint8_t palette = 1, rest[15] = {};
