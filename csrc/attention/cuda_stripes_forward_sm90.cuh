@@ -6,9 +6,9 @@
 // which do not wait for each other. 16 threads copy a row of 128 elements, the row numbers are read four at a time.
 // Units come from a counter, the longest first; Q comes by TMA. Warpgroups 1 and 2 do not know the difference.
 //
-// A buffer is full when its 64 threads have said so: each waits for its own copies and makes them visible to wgmma. Where
-// some key of a step may be hidden from some row, the warps of K write the bits of each row, and consumers take them
-// for a block's packed bits.
+// A buffer is full when its 64 threads have said so: each waits for its own copies and makes them visible to wgmma.
+// Where some key of a step may be hidden from some row, the warps of K write the bits of each row, and consumers take
+// them for a block's packed bits.
 //
 // Bound: gathering; see docs/stripes-performance.md.
 #pragma once
@@ -32,9 +32,9 @@ struct StripesTile : ForwardTile<ElementType, HEAD, VALUE, 2, 128, QUERY_STAGES,
   static_assert(kSharedBytes <= 227 * 1024, "shared memory of a CTA");
 };
 
-constexpr int kSideThreads = 64;      // that copy K, and as many that copy V
-constexpr int kProducerBarrier = 5;   // named, of all producers; consumers use 1 to 4
-constexpr int kSideBarrier = 6;       // + side
+constexpr int kSideThreads = 64;     // that copy K, and as many that copy V
+constexpr int kProducerBarrier = 5;  // named, of all producers; consumers use 1 to 4
+constexpr int kSideBarrier = 6;      // + side
 
 /// One side of the producers: SIDE 0 copies K, and what belongs to a step's keys; SIDE 1 copies V.
 template <class Tile, int SIDE>
@@ -183,8 +183,8 @@ class StripesProducer {
         const uint32_t to = shared_ + Tile::kQueryAt + query_.stage * Tile::kQueryBytes;
 #pragma unroll
         for (int panel = 0; panel < Tile::kHeadPanels; ++panel) {
-          tma_load(to + panel * Tile::kQueryPanel, &a_.blocks.query, 64 * panel, unit.rows.first, unit.head,
-                   unit.batch, full);
+          tma_load(to + panel * Tile::kQueryPanel, &a_.blocks.query, 64 * panel, unit.rows.first, unit.head, unit.batch,
+                   full);
         }
         mbarrier_arrive(full);
       }
