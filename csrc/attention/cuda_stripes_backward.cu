@@ -49,13 +49,14 @@ const StripesBackwardKernel* kernel_for(const AttentionProblem& p, bool bias_gra
 
 /// The scratch in bytes, each part from an aligned place on.
 struct Scratch {
-  int64_t plan = 0, rows = 0, sums = 0, bytes = 0;
+  int64_t plan = 0, rows = 0, sums = 0, kept_out = 0, bytes = 0;
 
   Scratch(const AttentionProblem& p, const StripePlan& of, int dim) {
     auto up = [](int64_t n) { return (n + kAlignment - 1) / kAlignment * kAlignment; };
     rows = up(int64_t(stripe_plan_bytes(of)));
     sums = rows + up(3 * p.batch * p.heads_q * padded_rows(p) * int64_t(sizeof(float)));
-    bytes = sums + 2 * p.batch * p.heads_kv * p.len_k * dim * int64_t(sizeof(float));
+    kept_out = sums + up(2 * p.batch * p.heads_kv * p.len_k * dim * int64_t(sizeof(float)));
+    bytes = kept_out + kept_out_bytes(p);
   }
 };
 
@@ -160,7 +161,7 @@ Status stripes_backward(const AttentionBackward& a, const CudaContext& context) 
     code = cudaMemsetAsync(a.grad_key_bias, 0, size_t(a.batch * a.heads_q * a.len_k) * sizeof(float), stream);
   }
   if (code != cudaSuccess) return status_of(code, "stripe-sparse attention backward: clearing the sums");
-  status = prepare_backward_rows(rows, stream);
+  status = prepare_backward_rows(&rows, memory + scratch.kept_out, stream);
   if (status.ok()) status = walk_units(work, *kernel, card, memory, context);
   if (status.ok()) status = kernels_of(a.dtype).finish(work, kernel->dim, stream);
   return status.ok() ? sum_backward_sinks(rows, stream) : status;
