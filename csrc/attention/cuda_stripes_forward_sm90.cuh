@@ -163,14 +163,52 @@ class StripesProducer {
     int flags = last ? kLastStep : 0;
     if (sight.template masks<128>(place, of_block)) {
       flags |= kBits << mask_shift(0) | kBits << mask_shift(1);
+      const uint32_t to = shared_ + Tile::kMaskAt + ring_.stage * Tile::kMaskBytes;
+      if (of_block || sight.positions()) {
 #pragma unroll 1
-      for (int i = 0; i < 2 * 128 / 32; ++i) {  // a word of a row at a time
-        const int row = thread_ + i / 4 * kSideThreads, first = i % 4 * 32;
-        const uint32_t bits = sight.word(place, of_block, unit.rows.first + row, first, ~0u);
-        store_shared(shared_ + Tile::kMaskAt + ring_.stage * Tile::kMaskBytes + row * 16 + first / 8, int(bits));
+        for (int i = 0; i < 2 * 128 / 32; ++i) {  // a word of a row at a time
+          const int row = thread_ + i / 4 * kSideThreads, first = i % 4 * 32;
+          store_shared(to + row * 16 + first / 8, int(sight.word(place, of_block, unit.rows.first + row, first, ~0u)));
+        }
+      } else {
+        write_column_bits(to, place, unit.rows.first);
       }
     }
     if (thread_ == 0) store_shared(shared_ + Tile::kStepAt + 16 * ring_.stage, int4{flags, 0, kHalf, 0});
+  }
+
+  /// The bits of a tile of columns where position and row number are one. Its entries ascend, so what a row sees are
+  /// entries up to a place, and of those that only the band shows, the ones from another place on. Bit by bit, as where
+  /// there are positions, this took as long as 20 other steps.
+  __device__ __forceinline__ void write_column_bits(uint32_t to, const int32_t* place, int first_row) const {
+    uint32_t plain[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) plain[w] = __ballot_sync(kAllLanes, place[32 * w + thread_ % kWarpSize] >= 0);
+#pragma unroll 1
+    for (int row = thread_; row < 128; row += kSideThreads) {
+      const int64_t at = int64_t(first_row) + row + p_.len_k - p_.len_q;
+      const int past = entries_up_to(place, at), before_band = entries_up_to(place, at - p_.stripes.local);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const uint32_t up_to = first_bits(past - 32 * w), outside = first_bits(before_band - 32 * w);
+        const uint32_t columns = plain[w] & (p_.causal ? up_to : ~0u), band = ~plain[w] & up_to & ~outside;
+        store_shared(to + row * 16 + w * 4, int(columns | band));
+      }
+    }
+  }
+  /// How many of the 128 entries are rows up to `row`; padding is none.
+  static __device__ __forceinline__ int entries_up_to(const int32_t* place, int64_t row) {
+    const int64_t limit = min(row, int64_t(kColumnRow) - 1);
+    int count = 0;
+#pragma unroll
+    for (int step = 64; step > 0; step /= 2) {
+      if ((place[count + step - 1] & kColumnRow) <= limit) count += step;
+    }
+    return count + ((place[count] & kColumnRow) <= limit);
+  }
+  /// The lowest `count` bits.
+  static __device__ __forceinline__ uint32_t first_bits(int count) {
+    return count <= 0 ? 0 : count >= 32 ? ~0u : (1u << count) - 1;
   }
 
   __device__ __forceinline__ void load_query(const StripeUnit& unit) {
