@@ -80,7 +80,7 @@ def contenders(case, options) -> list[Contender]:
         for contender in (results[0], results[1]):
             call = functools.partial(_with_kernels, "sm80", contender.call)
             results.append(dataclasses.replace(contender, name=f"{contender.name}, sm80", call=call))
-    if options.dense:
+    if options.dense and (options.device == "cpu" or case.dtype != torch.float32):  # cuDNN takes 16 bits
         results.append(Contender("dense", _timed(dense, tensors, options.backward), everything))
     return results
 
