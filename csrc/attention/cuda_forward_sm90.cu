@@ -94,6 +94,7 @@ Status forward(const AttentionForward& p, const CudaContext& context) {
   a.call = p;
   a.items = int32_t(list_rows(p));
   a.keys_per_box = std::min(p.lists.block_k, kernel.keys);
+  a.k_blocks = int32_t(p.k_blocks());
   a.ranged = p.has_mask();
   a.plain = p.softcap <= 0.f && !p.key_bias && p.scale > 0.f;
   a.factor = p.scale * cuda::kLog2e;

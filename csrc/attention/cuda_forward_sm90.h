@@ -15,7 +15,7 @@ struct ForwardArguments {
   const int32_t* order = nullptr;  // list rows (batch, query head, query block), longest first; null: their own order
   int32_t* counter = nullptr;      // how many of them were taken beyond one per CTA; 0 at launch
   int32_t items = 0;               // list rows
-  int32_t keys_per_box = 0;
+  int32_t keys_per_box = 0, k_blocks = 0;
   bool ranged = false;  // causality or a window
   // Scores in units of log 2. Plain: factor * s. Else cap_out * tanh(cap_in * s) or factor * s, plus the bias.
   float factor = 0, cap_in = 0, cap_out = 0;

@@ -120,8 +120,7 @@ class UnitWalk {
       first_ += kWarpSize;
       if (first_ >= partial_end() + full_count_) return false;
       slot_ = ahead_;
-      const int k_blocks = int((p_.len_k + p_.lists.block_k - 1) / p_.lists.block_k);
-      existing_ = __ballot_sync(kAllLanes, slot_.entry >= 0 && slot_.entry < k_blocks && slot_.bits >= -1 &&
+      existing_ = __ballot_sync(kAllLanes, slot_.entry >= 0 && slot_.entry < a_.k_blocks && slot_.bits >= -1 &&
                                                slot_.bits < max(p_.lists.bits_count, int64_t(0)));
       fetch(first_ + kWarpSize);
     }
@@ -237,7 +236,7 @@ class Producer {
     const uint32_t full = shared_ + Tile::kQueryFull + 8 * query_.stage;
     mbarrier_wait(shared_ + Tile::kQueryEmpty + 8 * query_.stage, query_.parity ^ 1);
     if (elect_lane()) {
-      store_shared(shared_ + Tile::kRowAt + 16 * query_.stage, int4{item.batch, item.head, first_row, 0});
+      store_shared(shared_ + Tile::kRowAt + row_ % Tile::kRowSlots * 16, int4{item.batch, item.head, first_row, 0});
       mbarrier_expect(full, Tile::kQueryBytes);
       const uint32_t to = shared_ + Tile::kQueryAt + query_.stage * Tile::kQueryBytes;
 #pragma unroll
@@ -246,7 +245,7 @@ class Producer {
       }
       mbarrier_arrive(full);
     }
-    query_.advance();
+    query_.advance(), ++row_;
   }
 
   __device__ __forceinline__ void load_keys(const Item& item, int kv_head, const Starts& starts, int flags,
@@ -301,11 +300,13 @@ class Producer {
     for (int panel = 0; panel < PANELS; ++panel) {
       tma_load(to + panel * Tile::kKeyPanel, map, 64 * panel, starts.first, kv_head, batch, full);
     }
-    if (Tile::kHalves == 1 || a_.keys_per_box > kHalf) return;
+    if constexpr (Tile::kHalves == 2) {
+      if (a_.keys_per_box > kHalf) return;
 #pragma unroll
-    for (int panel = 0; panel < PANELS; ++panel) {
-      tma_load(to + panel * Tile::kKeyPanel + kHalf * kPanelRowBytes, map, 64 * panel, starts.second, kv_head, batch,
-               full);
+      for (int panel = 0; panel < PANELS; ++panel) {
+        tma_load(to + panel * Tile::kKeyPanel + kHalf * kPanelRowBytes, map, 64 * panel, starts.second, kv_head, batch,
+                 full);
+      }
     }
   }
 
@@ -338,6 +339,7 @@ class Producer {
   const AttentionForward& p_;
   const uint32_t shared_;
   const int lane_;
+  int row_ = 0;  // list rows with keys so far
   Ring<Tile::kQueryStages> query_;
   Ring<Tile::kKeyStages> key_;
   Ring<Tile::kValueStages> value_;

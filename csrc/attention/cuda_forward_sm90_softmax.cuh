@@ -31,35 +31,56 @@ __device__ __forceinline__ void transform_scores(float (&s)[COUNT], const Forwar
   }
 }
 
+/// The lowest `count` bits, for any count.
+__device__ __forceinline__ uint32_t low_bits(int count) { return ~__funnelshift_lc(0u, ~0u, max(count, 0)); }
+
 /// Hides the keys of one half (scores `s`, first key `start`) from this thread's rows, `row` and `row` + 8: s = -inf
 /// there. `what`: kCut, kRange, kBits. `bits`: address of row `row`'s packed bits of the half, `bits_stride` bytes a
 /// row. `positions`: address of the half's key positions.
 __device__ __forceinline__ void hide_keys(float* s, const AttentionProblem& p, int batch, int row, int start, int what,
                                           uint32_t bits, int bits_stride, uint32_t positions, int pair) {
+  // Bit i of visible[r][w]: row r sees key 32 w + i of the half.
+  const int keys = int(p.len_k) - start;
+  uint32_t visible[2][2] = {{low_bits(keys), low_bits(keys - 32)}, {low_bits(keys), low_bits(keys - 32)}};
+  if (what & kBits) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int2 packed = load_shared_int2(bits + 8 * r * bits_stride);
+      visible[r][0] &= packed.x, visible[r][1] &= packed.y;
+    }
+  }
+  if (what & kRange && !p.key_positions) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const KeyRange range = key_range(p, batch, min(row + 8 * r, int(p.len_q) - 1));
+      const int below = max(range.low, 0) - start, upto = max(min(range.high, int(p.len_k) - 1), -1) + 1 - start;
+#pragma unroll
+      for (int w = 0; w < 2; ++w) visible[r][w] &= low_bits(upto - 32 * w) & ~low_bits(below - 32 * w);
+    }
+  }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    KeyRange seen{0, int(p.len_k) - 1}, range{};
-    const bool by_position = what & kRange && p.key_positions;
-    if (what & kRange) {
-      range = key_range(p, batch, min(row + 8 * r, int(p.len_q) - 1));
-      if (!by_position) seen = {max(seen.low, range.low), min(seen.high, range.high)};
-    }
-    int2 packed{-1, -1};
-    if (what & kBits) packed = load_shared_int2(bits + 8 * r * bits_stride);
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
-      const uint32_t word = (range_word(seen, start + 32 * w) & uint32_t(w ? packed.y : packed.x)) >> (2 * pair);
+      const uint32_t word = visible[r][w] >> (2 * pair);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        bool first = word >> (8 * j) & 1, second = word >> (8 * j + 1) & 1;
-        if (by_position) {
-          const int2 at = load_shared_int2(positions + (32 * w + 8 * j + 2 * pair) * 4);
-          first = first && range.holds(at.x), second = second && range.holds(at.y);
-        }
         float* here = s + 16 * w + 4 * j + 2 * r;
-        if (!first) here[0] = -kInfinity;
-        if (!second) here[1] = -kInfinity;
+        if (!(word & (1u << 8 * j))) here[0] = -kInfinity;
+        if (!(word & (2u << 8 * j))) here[1] = -kInfinity;
       }
+    }
+  }
+  if (what & kRange && p.key_positions) {
+    const KeyRange first = key_range(p, batch, min(row, int(p.len_q) - 1));
+    const KeyRange second = key_range(p, batch, min(row + 8, int(p.len_q) - 1));
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int2 at = load_shared_int2(positions + (8 * j + 2 * pair) * 4);
+      if (!first.holds(at.x)) s[4 * j] = -kInfinity;
+      if (!first.holds(at.y)) s[4 * j + 1] = -kInfinity;
+      if (!second.holds(at.x)) s[4 * j + 2] = -kInfinity;
+      if (!second.holds(at.y)) s[4 * j + 3] = -kInfinity;
     }
   }
 }

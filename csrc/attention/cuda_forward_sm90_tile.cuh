@@ -28,25 +28,22 @@ struct ForwardTile {
   /// 65,536 registers: at launch one CTA of 3 warpgroups has 168 per thread, two of 2 have 128. The producer's number
   /// is the least that holds its list walk without spilling, the consumers have the rest.
   static constexpr int kProducerRegisters = GROUPS == 2 ? 72 : 80, kConsumerRegisters = GROUPS == 2 ? 216 : 176;
-  /// With two buffers for Q the first product of the next list row runs beside the last of this one.
-  static constexpr bool kAcrossRows = QUERY_STAGES > 1;
-  /// The two warpgroups issue their products in turns, so that one takes exponentials meanwhile. At head dimension 64
-  /// exponentials take as long as products, and turns cost 8 % (an earlier kernel on an H100).
-  static constexpr bool kTurns = GROUPS == 2 && HEAD > 64;
-
   static constexpr int kHeadPanels = (HEAD + 63) / 64, kValuePanels = (VALUE + 63) / 64;
   static constexpr int kQueryPanel = kRows * kPanelRowBytes, kKeyPanel = KEYS * kPanelRowBytes;
   static constexpr int kQueryBytes = kHeadPanels * kQueryPanel;
   static constexpr int kKeyBytes = kHeadPanels * kKeyPanel, kValueBytes = kValuePanels * kKeyPanel;
   static constexpr int kMaskBytes = kRows * 16;  // packed bits of a block of 128 keys, or two of 64
-  static_assert(VALUE <= kHeadPanels * 64, "O is staged in Q's buffer");
+  /// Whose rows are at work: a consumer writes row i - 1 during the first step of row i, when the producer can be
+  /// KEY_STAGES steps, so at most as many rows, ahead.
+  static constexpr int kRowSlots = 8;
+  static_assert(KEY_STAGES + 2 <= kRowSlots, "a slot would be written before it is read");
 
   // Byte offsets into shared memory. Behind a step's K: its packed bits, bias, key positions and Step.
   static constexpr int kQueryAt = 0, kKeyAt = kQueryAt + QUERY_STAGES * kQueryBytes;
   static constexpr int kValueAt = kKeyAt + KEY_STAGES * kKeyBytes, kMaskAt = kValueAt + VALUE_STAGES * kValueBytes;
   static constexpr int kBiasAt = kMaskAt + KEY_STAGES * kMaskBytes, kPositionAt = kBiasAt + KEY_STAGES * KEYS * 4;
   static constexpr int kStepAt = kPositionAt + KEY_STAGES * KEYS * 4, kRowAt = kStepAt + KEY_STAGES * 16;
-  static constexpr int kBarriersAt = kRowAt + QUERY_STAGES * 16;
+  static constexpr int kBarriersAt = kRowAt + kRowSlots * 16;
   // Barriers of 8 bytes: full and empty of each buffer.
   static constexpr int kQueryFull = kBarriersAt, kQueryEmpty = kQueryFull + 8 * QUERY_STAGES;
   static constexpr int kKeyFull = kQueryEmpty + 8 * QUERY_STAGES, kKeyEmpty = kKeyFull + 8 * KEY_STAGES;
