@@ -46,12 +46,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
   }
   __syncthreads();
   // One if/else with a role per branch: setmaxnreg takes effect in no other form.
-  if (warpgroup == 0) {
-    fewer_registers<Tile::kProducerRegisters>();
-    if (threadIdx.x < kWarpSize) Producer<Tile>(arguments, shared).run();
+  if (warpgroup == Tile::kGroups) {
+    if constexpr (Tile::kSharesRegisters) fewer_registers<Tile::kProducerRegisters>();
+    if (threadIdx.x < Tile::kGroups * kGroupThreads + kWarpSize) Producer<Tile>(arguments, shared).run();
   } else {
-    more_registers<Tile::kConsumerRegisters>();
-    Consumer<Tile>(arguments, shared, warpgroup - 1).run();
+    if constexpr (Tile::kSharesRegisters) more_registers<Tile::kConsumerRegisters>();
+    Consumer<Tile>(arguments, shared, warpgroup).run();
   }
 }
 

@@ -63,6 +63,7 @@ class Consumer {
   }
 
  private:
+  using Element = typename Tile::Element;
   static constexpr int kScores = Tile::kKeys / 2, kOutputs = Tile::kValue / 2;  // registers of a thread
 
   /// Waits for the next step's keys. False: there is none.
@@ -101,7 +102,7 @@ class Consumer {
 #pragma unroll
     for (int i = 0; i < Tile::kHead / 16; ++i) {
       const int panel = i / 4, inside = i % 4 * 32;
-      wgmma_shared<typename Tile::Element>(s, descriptor(q + ((panel * Tile::kQueryPanel + inside) >> 4)),
+      wgmma_shared<Element>(s, descriptor(q + ((panel * Tile::kQueryPanel + inside) >> 4)),
                                            descriptor(k + ((panel * Tile::kKeyPanel + inside) >> 4)), i > 0);
     }
     wgmma_commit();
@@ -113,7 +114,7 @@ class Consumer {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < Tile::kKeys / 16; ++i) {
-      wgmma_registers<typename Tile::Element>(o_, &p_[4 * i], descriptor(v + ((i * 16 * kPanelRowBytes) >> 4)));
+      wgmma_registers<Element>(o_, &p_[4 * i], descriptor(v + ((i * 16 * kPanelRowBytes) >> 4)));
     }
     wgmma_commit();
   }
@@ -151,21 +152,19 @@ class Consumer {
     }
   }
 
-  /// The first step of a list row with no row before it.
+  /// The first step of the first list row.
   __device__ __forceinline__ void first_step() {
-    float s[kScores] = {}, alpha[2];
+    float s[kScores] = {};
     issue_scores(s);
     wgmma_wait<0>();
     finish_scores(s);
-    softmax_ = Softmax{};
-    softmax_.take(s, factor_, alpha);
-    softmax_.template exponentials<typename Tile::Element>(s, p_, factor_);
+    first_probabilities(s);
   }
 
   /// One step, its keys taken: its scores beside O of the step before. NEW_ROW: that was the last of its list row.
   template <bool NEW_ROW>
   __device__ __forceinline__ void step() {
-    float s[kScores] = {}, alpha[2];
+    float s[kScores] = {};
     if constexpr (NEW_ROW) {
       query_.advance(), ++row_;
       wait_query();
@@ -175,27 +174,43 @@ class Consumer {
     issue_values();
     wgmma_wait<1>();
     finish_scores(s);
-    const Softmax finished = softmax_;
-    if constexpr (NEW_ROW) softmax_ = Softmax{};
-    const bool moved = softmax_.take(s, factor_, alpha);
     wgmma_wait<0>();  // issuing blocks until the tensor cores are nearly done: O is there by now
     pin(o_);
     pin(p_);
     release_values();
     if constexpr (NEW_ROW) {
-      write_rows(finished, row_ - 1);
+      write_rows(softmax_, row_ - 1);
       clear_outputs();
-    } else if (moved) {
+      first_probabilities(s);
+    } else {
+      probabilities(s);
+    }
+  }
+
+  /// s to p_, with a new reference.
+  __device__ __forceinline__ void first_probabilities(const float (&s)[kScores]) {
+    float alpha[2];
+    uint32_t most[2] = {0, 0};
+    softmax_ = {};
+    softmax_.move(s, factor_, most, alpha);
+    softmax_.exponentials(s, p_, factor_, softmax_.sum, most);
+  }
+  __device__ __forceinline__ void probabilities(const float (&s)[kScores]) {
+    float alpha[2], sums[2];
+    uint32_t most[2];
+    softmax_.exponentials(s, p_, factor_, sums, most);
+    if (softmax_.passed(most)) {
+      softmax_.move(s, factor_, most, alpha);
 #pragma unroll
       for (int i = 0; i < kOutputs; ++i) o_[i] *= alpha[i / 2 % 2];
+      softmax_.exponentials(s, p_, factor_, sums, most);
     }
-    softmax_.template exponentials<typename Tile::Element>(s, p_, factor_);
+    softmax_.sum[0] += sums[0], softmax_.sum[1] += sums[1];
   }
 
   /// out = O / (l + 2^(sink - m)), lse = m + log l. The four lanes of a row exchange what they have of 32 columns until
   /// each has 8 neighbouring ones: 16 bytes, stored at once, with neither shared memory nor a barrier in between.
-  __device__ __forceinline__ void write_rows(const Softmax& softmax, int row_number) {
-    using Element = typename Tile::Element;
+  __device__ __forceinline__ void write_rows(const Softmax<Element>& softmax, int row_number) {
     const AttentionForward& p = a_.call;
     const int4 at = row_info(row_number);
     const int pair = lane_ % 4, first_row = at.z + group_ * 64 + warp_ * 16 + lane_ / 4;
@@ -204,7 +219,7 @@ class Consumer {
     uint16_t* to[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float sum = row_sum(softmax.sum[r]), most = softmax.largest[r] * factor_;  // in units of log 2
+      const float sum = row_sum(softmax.sum[r]), most = softmax.reference[r] * factor_;  // in units of log 2
       float normaliser = sum;
       if (p.sinks && sum > 0.f) normaliser += exp2_fast(p.sinks[at.y] * kLog2e - most);
       inverse[r] = sum == 0.f ? 0.f : __fdividef(1.f, normaliser);  // NaN stays NaN
@@ -249,7 +264,7 @@ class Consumer {
   int row_ = 0, flags_ = 0, starts_[2];
   float o_[kOutputs];
   uint32_t p_[kScores / 2];
-  Softmax softmax_;
+  Softmax<Element> softmax_;
 };
 
 }  // namespace sparsekit::sm90

@@ -17,17 +17,20 @@ constexpr int kHalf = 64;            // keys: what the kernel takes a block of 6
 /// HEAD and VALUE are upper bounds: TMA fills the columns behind smaller dimensions with zeros. GROUPS warpgroups of 64
 /// query rows share the key blocks of one list; a step takes KEYS of them. Buffers are rings of *_STAGES.
 template <class ElementType, int HEAD, int VALUE, int GROUPS, int KEYS, int QUERY_STAGES, int KEY_STAGES,
-          int VALUE_STAGES>
+          int VALUE_STAGES, int CTAS = 3 - GROUPS>
 struct ForwardTile {
   using Element = ElementType;
   static constexpr int kHead = HEAD, kValue = VALUE, kGroups = GROUPS, kKeys = KEYS;
   static constexpr int kQueryStages = QUERY_STAGES, kKeyStages = KEY_STAGES, kValueStages = VALUE_STAGES;
   static constexpr int kRows = 64 * GROUPS, kHalves = KEYS / kHalf;
-  static constexpr int kThreads = kGroupThreads * (1 + GROUPS);
-  static constexpr int kCtas = GROUPS == 2 ? 1 : 2;  // on a multiprocessor
-  /// 65,536 registers: at launch one CTA of 3 warpgroups has 168 per thread, two of 2 have 128. The producer's number
-  /// is the least that holds its list walk without spilling, the consumers have the rest.
+  static constexpr int kCtas = CTAS;  // on a multiprocessor
+  /// 65,536 registers, 168 a thread for two consumer warpgroups and one for the producer warp, which alone can hand its
+  /// registers on: 72 is the least that holds its list walk without spilling. With more consumers the producer is a warp
+  /// by itself, and all have the same number.
+  static constexpr bool kSharesRegisters = CTAS * GROUPS == 2;
+  static constexpr int kThreads = kGroupThreads * GROUPS + (kSharesRegisters ? kGroupThreads : kWarpSize);
   static constexpr int kProducerRegisters = GROUPS == 2 ? 72 : 80, kConsumerRegisters = GROUPS == 2 ? 216 : 176;
+
   static constexpr int kHeadPanels = (HEAD + 63) / 64, kValuePanels = (VALUE + 63) / 64;
   static constexpr int kQueryPanel = kRows * kPanelRowBytes, kKeyPanel = KEYS * kPanelRowBytes;
   static constexpr int kQueryBytes = kHeadPanels * kQueryPanel;
