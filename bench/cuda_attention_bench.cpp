@@ -273,10 +273,10 @@ void run(const Case& c, bool alone) {
   run.launch();
   std::vector<double> hopper = run.result();
   const char* name = run.chosen();
-  usleep(300000);  // the power limiter remembers the load before for some 100 ms
-  const double flushed = run.time(60, true);
-  usleep(300000);
-  const double sustained = run.time(150, false);
+  usleep(200000);  // the power limiter remembers the load before for some 100 ms
+  const double flushed = run.time(50, true);
+  usleep(200000);
+  const double sustained = run.time(100, false);
   const double flop = run.flop() / 1e9, list = 1000 * run.time_work_list();
   std::printf("%-26s %s %8.3f ms %6.1f TFLOP/s | back to back %6.1f | work list %4.1f us%s", c.name.c_str(), name,
               flushed, flop / flushed, flop / sustained, list, alone ? "\n" : "");
