@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
     init(Tile::kQueryFull, Tile::kQueryEmpty, Tile::kQueryStages);
     init(Tile::kKeyFull, Tile::kKeyEmpty, Tile::kKeyStages);
     init(Tile::kValueFull, Tile::kValueEmpty, Tile::kValueStages);
+    mbarrier_init(shared + Tile::kCutValues, 1);
     mbarrier_fence_init();
     prefetch_tensor_map(&arguments.query);
     prefetch_tensor_map(&arguments.key);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cuda.h>
+#include <vector_types.h>
 
 #include "sparsekit/attention.h"
 
@@ -13,9 +14,10 @@ struct ForwardArguments {
   CUtensorMap query, key, value;  // boxes: 64 columns x the query block's rows, x keys_per_box
   AttentionForward call;
   const int32_t* order = nullptr;  // list rows (batch, query head, query block), longest first; null: their own order
+  const int4* extents = nullptr;   // packed batches: rows and keys of each list row, cuda_sequences.h
   int32_t* counter = nullptr;      // how many of them were taken beyond one per CTA; 0 at launch
   int32_t items = 0;               // list rows
-  int32_t keys_per_box = 0, k_blocks = 0;
+  int32_t keys_per_box = 0;
   bool ranged = false;  // causality or a window
   // Scores in units of log 2. Plain: factor * s. Else cap_out * tanh(cap_in * s) or factor * s, plus the bias.
   float factor = 0, cap_in = 0, cap_out = 0;

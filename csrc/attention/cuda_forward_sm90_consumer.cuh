@@ -129,25 +129,28 @@ class Consumer {
     release_keys();
   }
 
-  /// {batch, query head, first row} of the row-th list row of this CTA that has keys.
-  __device__ __forceinline__ int4 row_info(int row) const {
-    return load_shared_int4(shared_ + Tile::kRowAt + row % Tile::kRowSlots * 16);
+  /// The row-th list row of this CTA that has keys.
+  __device__ __forceinline__ ListRow list_row(int row) const {
+    const uint32_t at = shared_ + Tile::kRowAt + row % Tile::kRowSlots * 32;
+    const int4 rows = load_shared_int4(at), keys = load_shared_int4(at + 16);
+    return {rows.x, rows.y, rows.z, rows.w, keys.x, keys.y};
   }
 
   __device__ __forceinline__ void hide(float (&s)[kScores]) {
     const AttentionProblem& p = a_.call;
-    const int4 at = row_info(row_);
+    const ListRow list = list_row(row_);
     const int local = group_ * 64 + warp_ * 16 + lane_ / 4;
     const uint32_t bits = shared_ + Tile::kMaskAt + key_.stage * Tile::kMaskBytes;
     const uint32_t positions = shared_ + Tile::kPositionAt + key_.stage * Tile::kKeys * 4;
     const int stride = p.lists.block_k / 8;
 #pragma unroll
     for (int half = 0; half < Tile::kHalves; ++half) {
-      const int what = flags_ >> mask_shift(half) & 7;
+      const int what = flags_ >> mask_shift(half) & 15;
       if (!what) continue;
       // Blocks of 128 have 16 bytes of bits a row, shared by both halves; blocks of 64 lie behind one another.
-      const int in_block = p.lists.block_k == 128 ? (starts_[half] & 64) / 8 : half * Tile::kRows * 8;
-      hide_keys(s + 32 * half, p, at.x, at.z + local, starts_[half], what, bits + in_block + local * stride, stride,
+      const bool upper = Tile::kHalves == 2 ? half : what & kUpper;
+      const int in_block = p.lists.block_k == 128 ? 8 * upper : half * Tile::kRows * 8;
+      hide_keys(s + 32 * half, p, list, list.first + local, starts_[half], what, bits + in_block + local * stride, stride,
                 positions + half * kHalf * 4, lane_ % 4);
     }
   }
@@ -212,21 +215,21 @@ class Consumer {
   /// each has 8 neighbouring ones: 16 bytes, stored at once, with neither shared memory nor a barrier in between.
   __device__ __forceinline__ void write_rows(const Softmax<Element>& softmax, int row_number) {
     const AttentionForward& p = a_.call;
-    const int4 at = row_info(row_number);
-    const int pair = lane_ % 4, first_row = at.z + group_ * 64 + warp_ * 16 + lane_ / 4;
-    uint16_t* out = static_cast<uint16_t*>(p.out.data) + at.x * p.out.batch + at.y * p.out.head + 8 * pair;
+    const ListRow list = list_row(row_number);
+    const int pair = lane_ % 4, first_row = list.first + group_ * 64 + warp_ * 16 + lane_ / 4;
+    uint16_t* out = static_cast<uint16_t*>(p.out.data) + list.batch * p.out.batch + list.head * p.out.head + 8 * pair;
     float inverse[2];
     uint16_t* to[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float sum = row_sum(softmax.sum[r]), most = softmax.reference[r] * factor_;  // in units of log 2
       float normaliser = sum;
-      if (p.sinks && sum > 0.f) normaliser += exp2_fast(p.sinks[at.y] * kLog2e - most);
+      if (p.sinks && sum > 0.f) normaliser += exp2_fast(p.sinks[list.head] * kLog2e - most);
       inverse[r] = sum == 0.f ? 0.f : __fdividef(1.f, normaliser);  // NaN stays NaN
       const int row = first_row + 8 * r;
-      to[r] = row < p.len_q ? out + row * p.out.row : nullptr;
-      if (pair == 0 && row < p.len_q) {
-        p.lse[(int64_t(at.x) * p.heads_q + at.y) * p.len_q + row] =
+      to[r] = row < list.end ? out + row * p.out.row : nullptr;
+      if (pair == 0 && row < list.end) {
+        p.lse[(int64_t(list.batch) * p.heads_q + list.head) * p.len_q + row] =
             sum == 0.f ? -kInfinity : (most + log2_fast(sum)) * kLn2;
       }
     }

@@ -37,10 +37,10 @@ __device__ __forceinline__ uint32_t low_bits(int count) { return ~__funnelshift_
 /// Hides the keys of one half (scores `s`, first key `start`) from this thread's rows, `row` and `row` + 8: s = -inf
 /// there. `what`: kCut, kRange, kBits. `bits`: address of row `row`'s packed bits of the half, `bits_stride` bytes a
 /// row. `positions`: address of the half's key positions.
-__device__ __forceinline__ void hide_keys(float* s, const AttentionProblem& p, int batch, int row, int start, int what,
-                                          uint32_t bits, int bits_stride, uint32_t positions, int pair) {
+__device__ __forceinline__ void hide_keys(float* s, const AttentionProblem& p, const ListRow& list, int row, int start,
+                                          int what, uint32_t bits, int bits_stride, uint32_t positions, int pair) {
   // Bit i of visible[r][w]: row r sees key 32 w + i of the half.
-  const int keys = int(p.len_k) - start;
+  const int keys = list.keys_end - start;
   uint32_t visible[2][2] = {{low_bits(keys), low_bits(keys - 32)}, {low_bits(keys), low_bits(keys - 32)}};
   if (what & kBits) {
 #pragma unroll
@@ -52,8 +52,8 @@ __device__ __forceinline__ void hide_keys(float* s, const AttentionProblem& p, i
   if (what & kRange && !p.key_positions) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const KeyRange range = key_range(p, batch, min(row + 8 * r, int(p.len_q) - 1));
-      const int below = max(range.low, 0) - start, upto = max(min(range.high, int(p.len_k) - 1), -1) + 1 - start;
+      const KeyRange range = range_of(p, list, min(row + 8 * r, list.end - 1));
+      const int below = max(range.low, 0) - start, upto = max(min(range.high, list.keys_end - 1), -1) + 1 - start;
 #pragma unroll
       for (int w = 0; w < 2; ++w) visible[r][w] &= low_bits(upto - 32 * w) & ~low_bits(below - 32 * w);
     }
@@ -72,8 +72,8 @@ __device__ __forceinline__ void hide_keys(float* s, const AttentionProblem& p, i
     }
   }
   if (what & kRange && p.key_positions) {
-    const KeyRange first = key_range(p, batch, min(row, int(p.len_q) - 1));
-    const KeyRange second = key_range(p, batch, min(row + 8, int(p.len_q) - 1));
+    const KeyRange first = range_of(p, list, min(row, list.end - 1));
+    const KeyRange second = range_of(p, list, min(row + 8, list.end - 1));
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const int2 at = load_shared_int2(positions + (8 * j + 2 * pair) * 4);

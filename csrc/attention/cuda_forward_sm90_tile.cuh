@@ -25,11 +25,12 @@ struct ForwardTile {
   static constexpr int kRows = 64 * GROUPS, kHalves = KEYS / kHalf;
   static constexpr int kCtas = CTAS;  // on a multiprocessor
   /// 65,536 registers, 168 a thread for two consumer warpgroups and one for the producer warp, which alone can hand its
-  /// registers on: 72 is the least that holds its list walk without spilling. With more consumers the producer is a warp
-  /// by itself, and all have the same number.
+  /// registers on: 80 is the least that holds its list walk without spilling (beside O of 256 columns it spills). With
+  /// more consumers the producer is a warp by itself, and all have the same number.
   static constexpr bool kSharesRegisters = CTAS * GROUPS == 2;
   static constexpr int kThreads = kGroupThreads * GROUPS + (kSharesRegisters ? kGroupThreads : kWarpSize);
-  static constexpr int kProducerRegisters = GROUPS == 2 ? 72 : 80, kConsumerRegisters = GROUPS == 2 ? 216 : 176;
+  static constexpr int kProducerRegisters = GROUPS == 1 ? 80 : VALUE > 128 ? 72 : 88;
+  static constexpr int kConsumerRegisters = GROUPS == 1 ? 176 : VALUE > 128 ? 216 : 208;
 
   static constexpr int kHeadPanels = (HEAD + 63) / 64, kValuePanels = (VALUE + 63) / 64;
   static constexpr int kQueryPanel = kRows * kPanelRowBytes, kKeyPanel = KEYS * kPanelRowBytes;
@@ -46,12 +47,13 @@ struct ForwardTile {
   static constexpr int kValueAt = kKeyAt + KEY_STAGES * kKeyBytes, kMaskAt = kValueAt + VALUE_STAGES * kValueBytes;
   static constexpr int kBiasAt = kMaskAt + KEY_STAGES * kMaskBytes, kPositionAt = kBiasAt + KEY_STAGES * KEYS * 4;
   static constexpr int kStepAt = kPositionAt + KEY_STAGES * KEYS * 4, kRowAt = kStepAt + KEY_STAGES * 16;
-  static constexpr int kBarriersAt = kRowAt + kRowSlots * 16;
+  static constexpr int kBarriersAt = kRowAt + kRowSlots * 32;
   // Barriers of 8 bytes: full and empty of each buffer.
   static constexpr int kQueryFull = kBarriersAt, kQueryEmpty = kQueryFull + 8 * QUERY_STAGES;
   static constexpr int kKeyFull = kQueryEmpty + 8 * QUERY_STAGES, kKeyEmpty = kKeyFull + 8 * KEY_STAGES;
   static constexpr int kValueFull = kKeyEmpty + 8 * KEY_STAGES, kValueEmpty = kValueFull + 8 * VALUE_STAGES;
-  static constexpr int kEnd = kValueEmpty + 8 * VALUE_STAGES;
+  static constexpr int kCutValues = kValueEmpty + 8 * VALUE_STAGES;  // values that the producer has to look at
+  static constexpr int kEnd = kCutValues + 8;
   static constexpr int kSharedBytes = kEnd + 1024;  // the base is rounded up to 1024 bytes, the swizzle's period
   static_assert(kCtas * (kSharedBytes + 1024) <= 228 * 1024, "shared memory of a multiprocessor");
 };
@@ -63,8 +65,27 @@ constexpr int kLastStep = 1, kStop = 2;
 constexpr int kCut = 1;    // keys past the end of the sequence, or no block at all
 constexpr int kRange = 2;  // causality, window
 constexpr int kBits = 4;   // packed bits
+constexpr int kUpper = 8;  // with kBits: the half is the upper one of a block of 128 keys that takes two steps
 __device__ __forceinline__ constexpr int mask_shift(int half) { return 4 + 4 * half; }
 constexpr int kAnyMask = ~0xf;
+
+/// What a row of the block lists is about: batch entry, query head, its first query row, the end of its sequence's
+/// query rows, its sequence's keys. Rows and keys are numbers in the tensors, also where these hold several sequences.
+struct ListRow {
+  int batch, head, first, end, keys_begin, keys_end;
+};
+
+/// The keys (or key positions, where the problem has them) that causality and the window let query row `row` see.
+__device__ __forceinline__ KeyRange range_of(const AttentionProblem& p, const ListRow& list, int row) {
+  int64_t position = int64_t(row) + list.keys_end - list.end - list.keys_begin;
+  if (p.query_positions) position = p.query_positions[list.batch * p.query_positions_batch + row];
+  if (!p.key_positions) position += list.keys_begin;  // a key's position is its number in its sequence
+  int64_t low = p.window_left >= 0 ? position - p.window_left : INT_MIN;
+  int64_t high = p.window_right >= 0 ? position + p.window_right : INT_MAX;
+  if (p.causal) high = min(high, position);
+  const int64_t least = INT_MIN, most = INT_MAX;
+  return {int(min(max(low, least), most)), int(min(max(high, least), most))};
+}
 
 // Small things in shared memory by 32-bit address; ordered against barriers.
 __device__ __forceinline__ void store_shared(uint32_t at, int4 x) {

@@ -96,6 +96,7 @@ AttentionForward on_device(Device& device, Problem& problem) {
   p.sinks = device.copy(problem.sinks);
   p.query_positions = device.copy(problem.q_positions);
   p.key_positions = device.copy(problem.k_positions);
+  if (p.packed()) p.cu_seqlens_q = device.copy(problem.cu_q), p.cu_seqlens_k = device.copy(problem.cu_k);
   p.out = output_on(device, problem.out);
   p.lse = static_cast<float*>(device.allocate(problem.lse.size() * sizeof(float)));
   return p;
@@ -464,6 +465,37 @@ TEST(sm90_h_strides) {
   CHECK(worst < tolerance(shape.dtype), "permuted: %g", worst);
 }
 
+/// Packed batches: sequences that end inside a block, that have no rows or no keys; behind the first one's keys come a
+/// stranger's, which are NaN. More sequences than the search for list rows has threads.
+TEST(sm90_j_packed) {
+  if (!hopper()) return;
+  unsigned seed = 2800;
+  for (auto [block_q, block_k] : {std::pair{128, 128}, {128, 64}, {64, 64}, {64, 128}}) {
+    for (int rest = 0; rest < 8; ++rest) {
+      Shape shape = sm90_shape(rest % 2 ? DType::bf16 : DType::f16, rest < 4 ? 64 : 128, block_q, block_k);
+      shape.batch = 1;
+      shape.lens_q = {block_q + 30, 0, 5, 64, block_q}, shape.lens_k = {2 * block_k + 17, 40, 0, 64, 3 * block_k - 1};
+      shape.causal = rest % 4 == 1, shape.bits = rest % 4 == 2, shape.positions = rest % 4 == 3;
+      shape.window_left = rest % 4 == 3 ? 90 : -1, shape.key_bias = rest % 4 == 1, shape.sinks = rest == 5;
+      Random random(seed);
+      Problem problem(shape, random);
+      for (int64_t j = 2 * block_k + 17; j < 2 * block_k + 17 + 40; ++j) {
+        for (int64_t d = 0; d < shape.head_dim; ++d)
+          problem.key.set(0, 0, j, d, NAN), problem.value.set(0, 0, j, d, NAN);
+      }
+      check_sm90(problem, seed++, "packed");
+    }
+  }
+  Shape shape = sm90_shape(DType::bf16, 64, 64, 64);
+  shape.batch = 1;
+  Random random(seed);
+  for (int s = 0; s < 1500; ++s) {
+    shape.lens_q.push_back(s % 500 == 7 ? 150 : int32_t(random() % 3)), shape.lens_k.push_back(int32_t(random() % 4));
+  }
+  Problem problem(shape, random);
+  check_sm90(problem, seed, "many sequences");
+}
+
 TEST(sm90_i_what_it_refuses) {
   Device device;
   device.context.compute_capability = 90;
@@ -476,6 +508,10 @@ TEST(sm90_i_what_it_refuses) {
   };
   CHECK(!reason(p), "%s", reason(p));
   CHECK(reason(p, Direction::backward), "backward");
+  const int32_t cu_seqlens[] = {0, 100, 256};
+  AttentionProblem packed = p;
+  packed.cu_seqlens_q = packed.cu_seqlens_k = cu_seqlens, packed.sequences = 2;
+  CHECK(!reason(packed), "%s", reason(packed));
   AttentionProblem q = p;
   q.dtype = DType::f32;
   CHECK(reason(q), "float32");
