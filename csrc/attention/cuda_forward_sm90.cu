@@ -38,7 +38,6 @@ const ForwardKernel* kernel_for(const AttentionProblem& p) {
 
 const char* refuses(const AttentionProblem& p, Direction direction, const CudaContext& context) {
   if (context.compute_capability != 90) return "needs a GPU of compute capability 9.0 (Hopper)";
-  if (direction == Direction::backward) return "backward is not in this implementation";
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "dtype: supported are float16, bfloat16";
   if ((p.lists.block_q != 64 && p.lists.block_q != 128) || (p.lists.block_k != 64 && p.lists.block_k != 128)) {
     return "block_size: supported are 64 and 128 in any pairing";
@@ -57,6 +56,8 @@ const char* refuses(const AttentionProblem& p, Direction direction, const CudaCo
   }
   if (p.sequences > cuda::kMaxLength) return "cu_seqlens: supported are up to 2^31 - 4097 sequences";
   if (list_rows(p) > INT32_MAX / 2) return "query: supported are up to 2^30 query blocks over batch and heads";
+  // Last: what forward and backward are refused for has the same reason in both.
+  if (direction == Direction::backward) return "backward is not in this implementation";
   return nullptr;
 }
 

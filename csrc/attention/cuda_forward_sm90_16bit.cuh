@@ -20,7 +20,7 @@ ForwardKernels forward_kernels_16bit() {
       kernel_of<ForwardTile<Element, 64, 64, 2, 128, 2, 4, 4>>(),
       kernel_of<ForwardTile<Element, 64, 64, 1, 128, 1, 3, 3>>(),
       kernel_of<ForwardTile<Element, 96, 96, 2, 128, 2, 2, 2>>(),
-      kernel_of<ForwardTile<Element, 128, 128, 2, 128, 2, 2, 2>>(),
+      kernel_of<ForwardTile<Element, 128, 128, 2, 128, 1, 2, 3>>(),
       kernel_of<ForwardTile<Element, 128, 128, 1, 64, 1, 3, 2>>(),
   };
   return {kernels, int(sizeof kernels / sizeof *kernels)};

@@ -46,25 +46,41 @@ class Consumer {
     if (!take_step()) return;
     wait_query();
     first_step();
-    for (;;) {
-      const bool new_row = flags_ & kLastStep;
-      if (!take_step()) break;
-      if (new_row) {
-        step<true>();
-      } else {
-        step<false>();
+    if constexpr (kBuffers == 1) {
+      while (advance<0>()) {
+      }
+    } else {
+      while (advance<0>() && advance<1>()) {
       }
     }
-    wait_values();
-    issue_values();
-    wgmma_wait<0>();
-    pin(o_);
-    write_rows(softmax_, row_);
   }
 
  private:
   using Element = typename Tile::Element;
   static constexpr int kScores = Tile::kKeys / 2, kOutputs = Tile::kValue / 2;  // registers of a thread
+
+  /// At small head dimensions registers hold P of two steps: exponentials need not wait for the product with P before.
+  static constexpr int kBuffers = Tile::kProbabilityBuffers;
+
+  /// The next step; p_[BUFFER] is of the step before. False: that was the last.
+  template <int BUFFER>
+  __device__ __forceinline__ bool advance() {
+    const bool new_row = flags_ & kLastStep;
+    if (!take_step()) {
+      wait_values();
+      issue_values(p_[BUFFER]);
+      wgmma_wait<0>();
+      pin(o_);
+      write_rows(softmax_, row_);
+      return false;
+    }
+    if (new_row) {
+      step<true, BUFFER>();
+    } else {
+      step<false, BUFFER>();
+    }
+    return true;
+  }
 
   /// Waits for the next step's keys. False: there is none.
   __device__ __forceinline__ bool take_step() {
@@ -109,12 +125,12 @@ class Consumer {
   }
 
   /// o_ += p v. It has a fence of its own: without, ptxas serialises the products (C7520).
-  __device__ __forceinline__ void issue_values() {
+  __device__ __forceinline__ void issue_values(uint32_t (&p)[kScores / 2]) {
     const uint32_t v = value_low_ + value_.stage * (Tile::kValueBytes >> 4);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < Tile::kKeys / 16; ++i) {
-      wgmma_registers<Element>(o_, &p_[4 * i], descriptor(v + ((i * 16 * kPanelRowBytes) >> 4)));
+      wgmma_registers<Element>(o_, &p[4 * i], descriptor(v + ((i * 16 * kPanelRowBytes) >> 4)));
     }
     wgmma_commit();
   }
@@ -161,54 +177,64 @@ class Consumer {
     issue_scores(s);
     wgmma_wait<0>();
     finish_scores(s);
-    first_probabilities(s);
+    first_probabilities(s, p_[0]);
   }
 
   /// One step, its keys taken: its scores beside O of the step before. NEW_ROW: that was the last of its list row.
-  template <bool NEW_ROW>
+  template <bool NEW_ROW, int BUFFER>
   __device__ __forceinline__ void step() {
-    float s[kScores] = {};
+    float s[kScores] = {}, alpha[2];
+    auto& p = p_[(BUFFER + 1) % kBuffers];
+    bool moved = false;
     if constexpr (NEW_ROW) {
       query_.advance(), ++row_;
       wait_query();
     }
     issue_scores(s);
     wait_values();
-    issue_values();
+    issue_values(p_[BUFFER]);
     wgmma_wait<1>();
     finish_scores(s);
-    wgmma_wait<0>();  // issuing blocks until the tensor cores are nearly done: O is there by now
+    if constexpr (!NEW_ROW && kBuffers == 2) moved = probabilities(s, p, alpha);
+    wgmma_wait<0>();
     pin(o_);
-    pin(p_);
+    pin(p_[BUFFER]);
     release_values();
     if constexpr (NEW_ROW) {
       write_rows(softmax_, row_ - 1);
       clear_outputs();
-      first_probabilities(s);
+      first_probabilities(s, p);
     } else {
-      probabilities(s);
+      if constexpr (kBuffers == 1) moved = probabilities(s, p, alpha);
+      if (moved) {
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) o_[i] *= alpha[i / 2 % 2];
+      }
     }
   }
 
-  /// s to p_, with a new reference.
-  __device__ __forceinline__ void first_probabilities(const float (&s)[kScores]) {
+  /// Probabilities of a step's scores. True: O must be multiplied by alpha.
+  __device__ __forceinline__ bool probabilities(const float (&s)[kScores], uint32_t (&p)[kScores / 2],
+                                                float (&alpha)[2]) {
+    float sums[2];
+    uint32_t most[2];
+    softmax_.exponentials(s, p, factor_, sums, most);
+    const bool passed = softmax_.passed(most);
+    if (passed) {
+      softmax_.move(s, factor_, most, alpha);
+      softmax_.exponentials(s, p, factor_, sums, most);
+    }
+    softmax_.sum[0] += sums[0], softmax_.sum[1] += sums[1];
+    return passed;
+  }
+
+  /// Probabilities of the first scores of a row.
+  __device__ __forceinline__ void first_probabilities(const float (&s)[kScores], uint32_t (&p)[kScores / 2]) {
     float alpha[2];
     uint32_t most[2] = {0, 0};
     softmax_ = {};
     softmax_.move(s, factor_, most, alpha);
-    softmax_.exponentials(s, p_, factor_, softmax_.sum, most);
-  }
-  __device__ __forceinline__ void probabilities(const float (&s)[kScores]) {
-    float alpha[2], sums[2];
-    uint32_t most[2];
-    softmax_.exponentials(s, p_, factor_, sums, most);
-    if (softmax_.passed(most)) {
-      softmax_.move(s, factor_, most, alpha);
-#pragma unroll
-      for (int i = 0; i < kOutputs; ++i) o_[i] *= alpha[i / 2 % 2];
-      softmax_.exponentials(s, p_, factor_, sums, most);
-    }
-    softmax_.sum[0] += sums[0], softmax_.sum[1] += sums[1];
+    softmax_.exponentials(s, p, factor_, softmax_.sum, most);
   }
 
   /// out = O / (l + 2^(sink - m)), lse = m + log l. The four lanes of a row exchange what they have of 32 columns until
@@ -266,7 +292,7 @@ class Consumer {
   Ring<Tile::kValueStages> value_;
   int row_ = 0, flags_ = 0, starts_[2];
   float o_[kOutputs];
-  uint32_t p_[kScores / 2];
+  uint32_t p_[kBuffers][kScores / 2];
   Softmax<Element> softmax_;
 };
 

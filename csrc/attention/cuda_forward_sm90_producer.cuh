@@ -178,7 +178,11 @@ class Producer {
           ahead = take(), load_counts(&head, p_.lists, row_of(p_, next));
           if (a_.extents) head.extent = a_.extents[next.block];
         }
-        if (fetched == 2) load_first_slots(&head, p_.lists, row_of(p_, Item(p_, next_item)), lane_);
+        if (fetched == 2) {
+          const Item next(p_, next_item);
+          load_first_slots(&head, p_.lists, row_of(p_, next), lane_);
+          prefetch_query(list_row_of(a_, next, head.extent));
+        }
       }
       ++fetched;
     };
@@ -245,6 +249,15 @@ class Producer {
       if (step < 3) fetch();
     }
     load_values(list, kv_head, before, cut_before);
+  }
+
+  /// Queries come from device memory, and their buffer is free only one step before they are needed.
+  __device__ __forceinline__ void prefetch_query(const ListRow& list) {
+    if (!elect_lane()) return;
+#pragma unroll
+    for (int panel = 0; panel < Tile::kHeadPanels; ++panel) {
+      tma_prefetch(&a_.query, 64 * panel, list.first, list.head, list.batch);
+    }
   }
 
   __device__ __forceinline__ void load_query(const ListRow& list) {

@@ -32,6 +32,7 @@ struct ForwardTile {
   static constexpr int kProducerRegisters = GROUPS == 1 ? 80 : VALUE > 128 ? 72 : 88;
   static constexpr int kConsumerRegisters = GROUPS == 1 ? 176 : VALUE > 128 ? 216 : 208;
 
+  static constexpr int kProbabilityBuffers = VALUE <= 64 && GROUPS == 2 ? 2 : 1;
   static constexpr int kHeadPanels = (HEAD + 63) / 64, kValuePanels = (VALUE + 63) / 64;
   static constexpr int kQueryPanel = kRows * kPanelRowBytes, kKeyPanel = KEYS * kPanelRowBytes;
   static constexpr int kQueryBytes = kHeadPanels * kQueryPanel;
