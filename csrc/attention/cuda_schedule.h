@@ -1,6 +1,7 @@
 // In which order CTAs take the rows of the block lists.
 #pragma once
 
+#include "attention/cuda_stripes.h"
 #include "sparsekit/attention.h"
 
 namespace sparsekit::cuda {
@@ -17,5 +18,9 @@ Status schedule_longest_first(const AttentionProblem& problem, int32_t* order, v
 /// the CTAs of (b, h) should take, the most often listed first. `offsets` is BlockTranspose::offsets.
 Status schedule_keys_longest_first(const AttentionProblem& problem, const int32_t* offsets, int32_t* order,
                                    void* stream);
+
+/// The same for the cells of a stripe plan: plan.order[i] is the i-th of its `cells` that CTAs should take; plan.counter is set
+/// to 0.
+Status schedule_cells_longest_first(const AttentionProblem& problem, const StripePlan& plan, void* stream);
 
 }  // namespace sparsekit::cuda
