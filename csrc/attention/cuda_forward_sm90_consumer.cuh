@@ -145,16 +145,9 @@ class Consumer {
     release_keys();
   }
 
-  /// The row-th list row of this CTA that has keys.
-  __device__ __forceinline__ ListRow list_row(int row) const {
-    const uint32_t at = shared_ + Tile::kRowAt + row % Tile::kRowSlots * 32;
-    const int4 rows = load_shared_int4(at), keys = load_shared_int4(at + 16);
-    return {rows.x, rows.y, rows.z, rows.w, keys.x, keys.y};
-  }
-
   __device__ __forceinline__ void hide(float (&s)[kScores]) {
     const AttentionProblem& p = a_.call;
-    const ListRow list = list_row(row_);
+    const ListRow list = load_list_row<Tile>(shared_, row_);
     const int local = group_ * 64 + warp_ * 16 + lane_ / 4;
     const uint32_t bits = shared_ + Tile::kMaskAt + key_.stage * Tile::kMaskBytes;
     const uint32_t positions = shared_ + Tile::kPositionAt + key_.stage * Tile::kKeys * 4;
@@ -241,7 +234,7 @@ class Consumer {
   /// each has 8 neighbouring ones: 16 bytes, stored at once, with neither shared memory nor a barrier in between.
   __device__ __forceinline__ void write_rows(const Softmax<Element>& softmax, int row_number) {
     const AttentionForward& p = a_.call;
-    const ListRow list = list_row(row_number);
+    const ListRow list = load_list_row<Tile>(shared_, row_number);
     const int pair = lane_ % 4, first_row = list.first + group_ * 64 + warp_ * 16 + lane_ / 4;
     uint16_t* out = static_cast<uint16_t*>(p.out.data) + list.batch * p.out.batch + list.head * p.out.head + 8 * pair;
     float inverse[2];

@@ -264,9 +264,7 @@ class Producer {
     const uint32_t full = shared_ + Tile::kQueryFull + 8 * query_.stage;
     mbarrier_wait(shared_ + Tile::kQueryEmpty + 8 * query_.stage, query_.parity ^ 1);
     if (elect_lane()) {
-      const uint32_t slot = shared_ + Tile::kRowAt + row_ % Tile::kRowSlots * 32;
-      store_shared(slot, int4{list.batch, list.head, list.first, list.end});
-      store_shared(slot + 16, int4{list.keys_begin, list.keys_end, 0, 0});
+      store_list_row<Tile>(shared_, row_, list);
       mbarrier_expect(full, Tile::kQueryBytes);
       const uint32_t to = shared_ + Tile::kQueryAt + query_.stage * Tile::kQueryBytes;
 #pragma unroll

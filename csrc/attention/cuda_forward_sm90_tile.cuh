@@ -110,4 +110,18 @@ __device__ __forceinline__ int2 load_shared_int2(uint32_t at) {
   return x;
 }
 
+/// Where the producer says, with its queries, what the CTA's row-th list row (of those that have keys) is about.
+template <class Tile>
+__device__ __forceinline__ void store_list_row(uint32_t shared, int row, const ListRow& list) {
+  const uint32_t at = shared + Tile::kRowAt + row % Tile::kRowSlots * 32;
+  store_shared(at, int4{list.batch, list.head, list.first, list.end});
+  store_shared(at + 16, int4{list.keys_begin, list.keys_end, 0, 0});
+}
+template <class Tile>
+__device__ __forceinline__ ListRow load_list_row(uint32_t shared, int row) {
+  const uint32_t at = shared + Tile::kRowAt + row % Tile::kRowSlots * 32;
+  const int4 rows = load_shared_int4(at), keys = load_shared_int4(at + 16);
+  return {rows.x, rows.y, rows.z, rows.w, keys.x, keys.y};
+}
+
 }  // namespace sparsekit::sm90
