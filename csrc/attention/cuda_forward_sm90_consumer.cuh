@@ -1,7 +1,8 @@
 // A consumer warpgroup of the Hopper forward: 64 query rows, all products and softmax.
 //
 // A step issues S = q k^T of its keys, then O += P v of the step before, and takes exponentials of S while (through the
-// other warpgroup, or the other CTA) the tensor cores stay busy. Across list rows too, where Q has two buffers.
+// other warpgroup, or the other CTA) the tensor cores stay busy. Across list rows too: Q is free for the next row when
+// the last scores of a row are there, one step before they become O.
 #pragma once
 
 #include "attention/cuda_forward_sm90_softmax.cuh"
