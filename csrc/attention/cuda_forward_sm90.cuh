@@ -14,8 +14,7 @@
 // Bound: tensor cores and the card's power limit (head dimension 128), the chain from S to P (64), L2 bandwidth (query
 // blocks of 64). Figures: docs/attention-performance-cuda.md.
 //
-// Sources: FlashAttention-3 (Shah et al. 2024) sections 3.1 and 3.2; that O is rescaled rarely
-// is FlashAttention-4's idea.
+// Sources: FlashAttention-3 (Shah et al. 2024) sections 3.1 and 3.2; that O is rescaled rarely is FlashAttention-4's idea.
 #pragma once
 
 #include "attention/cuda_forward_sm90_consumer.cuh"
