@@ -3,7 +3,7 @@
 //   head, value dims | query block | keys a step | buffers of Q, K, V (KB each)
 //   64, 64           | 128         | 128         | 2 x 16, 4 x 16, 4 x 16
 //   96, 96           | 128         | 128         | 2 x 32, 2 x 32, 2 x 32
-//   128, 128         | 128         | 128         | 1 x 32, 2 x 32, 3 x 32    5 % faster at 5 % than 2, 2, 2
+//   128, 128         | 128         | 128         | 1 x 32, 2 x 32, 3 x 32    2 to 5 % faster at 5 % than 2, 2, 2
 //   192, 128         | 128         | 128         | 1 x 48, 2 x 48, 2 x 32
 //   256, 256         | 128         | 64          | 1 x 64, 2 x 32, 2 x 32    S of 128 keys beside O of 256 columns: no
 //   64, 64           | 64          | 128         | 1 x 8, 3 x 16, 3 x 16     two CTAs
