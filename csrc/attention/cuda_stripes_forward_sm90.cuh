@@ -216,7 +216,8 @@ class StripesProducer {
       const uint32_t full = shared_ + Tile::kQueryFull + 8 * query_.stage;
       mbarrier_wait(shared_ + Tile::kQueryEmpty + 8 * query_.stage, query_.parity ^ 1);
       if (elect_lane()) {
-        store_shared(shared_ + Tile::kRowAt + 16 * query_.stage, int4{unit.batch, unit.head, unit.rows.first, 0});
+        // The bits of a step hide what lies past the end of the keys.
+        store_list_row<Tile>(shared_, row_, {unit.batch, unit.head, unit.rows.first, unit.rows.end, 0, INT32_MAX / 2});
         mbarrier_expect(full, Tile::kQueryBytes);
         const uint32_t to = shared_ + Tile::kQueryAt + query_.stage * Tile::kQueryBytes;
 #pragma unroll
@@ -228,7 +229,7 @@ class StripesProducer {
       }
       __syncwarp();
     }
-    query_.advance();
+    query_.advance(), ++row_;
   }
 
   /// A unit without keys: out 0, lse -inf.
@@ -252,7 +253,7 @@ class StripesProducer {
   const int thread_;
   const InputView& view_;
   const int chunks_;
-  int step_ = 0;
+  int step_ = 0, row_ = 0;  // row_: units with keys so far
   Ring<kStages> ring_;
   Ring<Tile::kQueryStages> query_;
 };
