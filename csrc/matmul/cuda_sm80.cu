@@ -22,6 +22,7 @@ const char* refuses_pattern(const BlockSparsePattern& p, DType dtype) {
 }
 
 const char* refuses(const BlockSparseProduct& p, const CudaContext&) {
+  if (p.gate) return "a gate is not in this implementation";
   if (p.scales) return "int8 weights run on the CPU only; supported: float32, float16, bfloat16";
   return refuses_pattern(p.pattern, p.dtype);
 }

@@ -49,6 +49,11 @@ MatmulPlan block_sparse_plan(const BlockSparseProduct& arguments, const CudaCont
   return plan;
 }
 
+bool block_sparse_product_takes(const BlockSparseProduct& arguments, const CudaContext& context) {
+  const CudaMatmul* chosen = nullptr;
+  return choose(arguments, context, &chosen).ok();
+}
+
 size_t block_sparse_product_workspace(const BlockSparseProduct& arguments, const CudaContext& context) {
   const CudaMatmul* chosen = nullptr;
   return choose(arguments, context, &chosen).ok() ? chosen->workspace(arguments, context) : 0;

@@ -155,11 +155,20 @@ struct MatmulOps {
     if (output.numel() == 0) return output;
     TokensView<void*> h = {hidden.data_ptr(), hidden_features, 1};
     TokensView<const void*> as_input = {hidden.data_ptr(), hidden_features, 1};
-    // The first product leaves its activation where the second finds it as its factor: two passes over `hidden`.
-    if (gated) run_part(gate, input, tokens, x, h, to_activation(activation), {});
-    run_part(up, input, tokens, x, h, gated ? Activation::none : to_activation(activation),
-             gated ? as_input : TokensView<const void*>{});
-    run_part(down, input, tokens, as_input, {output.data_ptr(), features, 1}, Activation::none, {});
+    const BlockSparseGate other = {gate.pattern, gate.values};
+    BlockSparseProduct both = part(up, input, tokens, x, h, to_activation(activation), {});
+    both.gate = gated ? &other : nullptr;
+    if (!gated || (!gate.scales && fuses(both, input))) {
+      run_part(both, input);
+    } else {
+      // The first product leaves its activation where the second finds it as its factor: two passes over `hidden`.
+      run_part(part(gate, input, tokens, x, h, to_activation(activation), {}), input);
+      run_part(part(up, input, tokens, x, h, Activation::none, as_input), input);
+    }
+    BlockSparseProduct last =
+        part(down, input, tokens, as_input, {output.data_ptr(), features, 1}, Activation::none, {});
+    last.follows = hidden.numel() > 0;
+    run_part(last, input);
     return output;
   }
 
@@ -198,9 +207,9 @@ struct MatmulOps {
     return product;
   }
 
-  static void run_part(const BlockSparseTensors& weight, const Tensor& input, int64_t tokens, TokensView<const void*> x,
-                       TokensView<void*> y, Activation activation, TokensView<const void*> factor) {
-    if (tokens == 0 || weight.pattern.rows == 0) return;
+  static BlockSparseProduct part(const BlockSparseTensors& weight, const Tensor& input, int64_t tokens,
+                                 TokensView<const void*> x, TokensView<void*> y, Activation activation,
+                                 TokensView<const void*> factor) {
     BlockSparseProduct product;
     product.pattern = weight.pattern;
     product.values = weight.values;
@@ -211,7 +220,23 @@ struct MatmulOps {
     product.output = y;
     product.activation = activation;
     product.factor = factor;
-    Backend::run(product, input);
+    return product;
+  }
+  static void run_part(const BlockSparseProduct& product, const Tensor& input) {
+    if (product.tokens > 0 && product.pattern.rows > 0) Backend::run(product, input);
+  }
+
+  /// Whether the backend has one pass for a product with a gate.
+  static bool fuses(const BlockSparseProduct& product, const Tensor& input) {
+    return fuses<Backend>(product, input, 0);
+  }
+  template <class B>
+  static auto fuses(const BlockSparseProduct& product, const Tensor& input, int) -> decltype(B::fuses(product, input)) {
+    return B::fuses(product, input);
+  }
+  template <class B>
+  static bool fuses(const BlockSparseProduct&, const Tensor&, long) {
+    return false;
   }
 
   static const void* bias_of(BlockSparseTensors* tensors, const Tensor& bias, int64_t features, const Tensor& input) {
