@@ -113,6 +113,54 @@ def test_mlp_and_gradients(seed):
             assert (a.double().cpu() - b).norm() <= 2e-2 * b.norm(), name
 
 
+@pytest.mark.parametrize("tokens", [1, 9, 16, 70, 700])
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        ((128, 128), (128, 128)),
+        ((64, 64), (64, 128)),
+        ((192, 64), (192, 64)),
+        ((128, 64), (64, 64)),
+        ((32, 32), (32, 32)),
+        ((16, 8), (16, 16)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+def test_gated_mlp(activation, blocks, tokens, seed):
+    """Gate and up of the same and of different blocks: in one pass where a kernel can, else in two."""
+    hidden, features = 384, 256
+    gate, up = (cuda_weight((hidden, features), block, 0.4) for block in blocks)
+    down = cuda_weight((features, hidden), blocks[0], 0.6)
+    x = torch.randn(tokens, features).bfloat16()
+    act = ACTIVATIONS[activation]
+
+    def dense(x, gate, up, down):
+        return (act(x @ gate.t()) * (x @ up.t())) @ down.t()
+
+    want = dense(x.double(), gate[1], up[1], down[1])
+    base = dense(x, *(dense.bfloat16() for _, dense in (gate, up, down)))
+    got = block_sparse_mlp(x.cuda(), gate[0], up[0], down[0], activation)
+    assert_passes("mlp", got, want, [base], torch.bfloat16)
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name])
+@pytest.mark.parametrize("block_size", [(128, 128), (64, 64), (16, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_activations(dtype, block_size, activation, seed):
+    """Where large blocks finish their sums in registers, with fast functions: what 16 bits can show."""
+    weight, dense = cuda_weight((2 * block_size[0] - 8, 512), block_size, 0.7, dtype)
+    for tokens in (9, 300):
+        x, bias = torch.randn(tokens, 512).to(dtype), torch.randn(dense.shape[0]).to(dtype)
+        x[0] *= 20
+        for b in (bias, None):
+            got = block_sparse_linear(x.cuda(), weight, None if b is None else b.cuda(), activation)
+            sums = x.double() @ dense.t() + (0 if b is None else b.double())
+            assert_passes(
+                activation, got, ACTIVATIONS[activation](sums), [ACTIVATIONS[activation](sums).to(dtype)] * 2, dtype
+            )
+
+
 def test_nothing_reaches_what_is_not_listed(seed):
     """NaN in a feature that no block of a row lists: other tests have small blocks, here are the kernels of large ones."""
     for block_size, tokens in (((128, 128), 300), ((64, 64), 300), ((32, 32), 300), ((16, 16), 300), ((128, 128), 9)):
