@@ -245,6 +245,6 @@ Status product(const BlockSparseProduct& p, const CudaContext& context) {
 
 }  // namespace
 
-const CudaMatmul matmul_cuda_few_tokens = {"few_tokens", refuses, workspace, product, nullptr, nullptr};
+const CudaMatmul matmul_cuda_few_tokens = {"few_tokens", refuses, workspace, product, nullptr, nullptr, nullptr};
 
 }  // namespace sparsekit

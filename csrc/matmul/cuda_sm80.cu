@@ -6,6 +6,7 @@
 #include "matmul/cuda_implementations.h"
 #include "matmul/cuda_panels_sm80.cuh"
 #include "matmul/cuda_product_sm80.cuh"
+#include "matmul/cuda_sddmm_panels_sm80.cuh"
 #include "matmul/cuda_sddmm_sm80.cuh"
 
 namespace sparsekit {
@@ -42,7 +43,7 @@ bool takes_panels(const BlockSparseProduct& p, const CudaContext& context) {
   if (p.dtype == DType::f32 || p.input.feature != 1 || !aligned(p)) return false;
   if (!small(p.pattern.block_rows) || !small(p.pattern.block_cols) || p.pattern.nnz > INT32_MAX) return false;
   if (getenv("SPARSEKIT_NO_PANELS")) return false;  // EXPERIMENT
-  const Panels panels = panels_of(product_call(p));
+  const Panels panels = panels_of_product(product_call(p));
   SharedMemory card;
   if (!shared_memory_of_device(&card).ok() || card.per_block < kPanelSharedBytes + 4096) return false;
   const int64_t tiles = (p.tokens + kPanelTokens - 1) / kPanelTokens * panels.panels;
@@ -51,12 +52,12 @@ bool takes_panels(const BlockSparseProduct& p, const CudaContext& context) {
 }
 
 size_t workspace(const BlockSparseProduct& p, const CudaContext& context) {
-  return takes_panels(p, context) ? panels_bytes(panels_of(product_call(p)), p.pattern.nnz) : 0;
+  return takes_panels(p, context) ? panels_bytes(panels_of_product(product_call(p)), p.pattern.nnz) : 0;
 }
 
 Status product_of_panels(const BlockSparseProduct& p, const CudaContext& context) {
   ProductCall call = product_call(p);
-  Panels panels = panels_of(call);
+  Panels panels = panels_of_product(call);
   if (context.workspace_bytes < panels_bytes(panels, p.pattern.nnz)) {
     return error(Status::Kind::invalid_argument, "workspace is %zu bytes; needed: %zu", context.workspace_bytes,
                  panels_bytes(panels, p.pattern.nnz));
@@ -117,7 +118,61 @@ Status product(const BlockSparseProduct& p, const CudaContext& context) {
   return status_of(cudaGetLastError(), "launching the block-sparse product");
 }
 
+ProductCall call_of(const BlockSddmm& s) {
+  BlockSparseProduct product;
+  product.pattern = s.pattern;
+  product.dtype = s.dtype;
+  return product_call(product);
+}
+
+Panels panels_of_sddmm(const BlockSddmm& s) {
+  return panels_of(call_of(s), kSampledWindow,
+                   sampled_kernel_of(s.dtype, s.pattern.block_rows, s.pattern.block_cols).slots);
+}
+
+/// Whether blocks of many rows and columns share a and b (cuda_sddmm_panels_sm80.cuh): small blocks, enough of them in
+/// 256 rows x 512 columns (below a tenth, loading both for few blocks costs more than it shares), and a loop that is
+/// long enough for the merging of lists to pay.
+bool takes_panels(const BlockSddmm& s) {
+  const BlockSparsePattern& w = s.pattern;
+  auto small = [](int size) { return size == 16 || size == 32; };
+  if (s.dtype == DType::f32 || !small(w.block_rows) || !small(w.block_cols) || w.nnz > INT32_MAX) return false;
+  if (s.a_row != 1 || s.b_col != 1 || s.a_inner % 8 || s.b_inner % 8 || s.inner < 256) return false;
+  if ((address(s.a) | address(s.b)) % 16 || address(s.values) % 4) return false;
+  if (getenv("SPARSEKIT_NO_PANELS")) return false;  // EXPERIMENT
+  SharedMemory card;
+  if (!shared_memory_of_device(&card).ok() || card.per_block < kSampledSharedBytes + 4096) return false;
+  return w.nnz * 10 >= w.row_blocks() * w.col_blocks() &&
+         panels_shared_bytes(panels_of_sddmm(s)) <= card.per_block - 1024;
+}
+
+size_t workspace_sddmm(const BlockSddmm& s, const CudaContext&) {
+  return takes_panels(s) ? panels_bytes(panels_of_sddmm(s), s.pattern.nnz) : 0;
+}
+
+Status sddmm_of_panels(const BlockSddmm& s, const CudaContext& context) {
+  const BlockSparsePattern& w = s.pattern;
+  Panels panels = panels_of_sddmm(s);
+  if (context.workspace_bytes < panels_bytes(panels, w.nnz)) {
+    return error(Status::Kind::invalid_argument, "workspace is %zu bytes; needed: %zu", context.workspace_bytes,
+                 panels_bytes(panels, w.nnz));
+  }
+  const cudaStream_t stream = static_cast<cudaStream_t>(context.stream);
+  // Blocks whose column is out of range are in no list.
+  cudaMemsetAsync(s.values, 0, size_t(w.nnz * w.block_rows * w.block_cols * size_of(s.dtype)), stream);
+  Status status = make_panels(&panels, call_of(s), context.workspace, context.stream);
+  if (!status.ok()) return status;
+  if (panels.most_steps > INT32_MAX) return error(Status::Kind::unsupported, "block_sddmm: more than 2^31 - 1 tiles");
+  const SampledKernel kernel = sampled_kernel_of(s.dtype, w.block_rows, w.block_cols).kernel;
+  const cudaError_t code = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                cudaFuncAttributeMaxDynamicSharedMemorySize, kSampledSharedBytes);
+  if (code != cudaSuccess) return status_of(code, "setting block_sddmm's shared memory");
+  kernel<<<unsigned(panels.most_steps), kSampledThreads, kSampledSharedBytes, stream>>>(s, panels);
+  return status_of(cudaGetLastError(), "launching block_sddmm");
+}
+
 Status sddmm(const BlockSddmm& s, const CudaContext& context) {
+  if (takes_panels(s)) return sddmm_of_panels(s, context);
   const BlockSparsePattern& w = s.pattern;
   const int chunk = int(16 / size_of(s.dtype));
   SddmmChoice choice;
@@ -146,6 +201,6 @@ Status sddmm(const BlockSddmm& s, const CudaContext& context) {
 
 }  // namespace
 
-const CudaMatmul matmul_cuda_sm80 = {"sm80", refuses, workspace, product, refuses_sddmm, sddmm};
+const CudaMatmul matmul_cuda_sm80 = {"sm80", refuses, workspace, product, refuses_sddmm, workspace_sddmm, sddmm};
 
 }  // namespace sparsekit

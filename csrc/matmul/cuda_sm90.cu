@@ -67,6 +67,7 @@ const char* refuses_sddmm(const BlockSddmm& s, const CudaContext& context) {
 }
 
 size_t workspace(const BlockSparseProduct&, const CudaContext&) { return 0; }
+size_t workspace_sddmm(const BlockSddmm&, const CudaContext&) { return 0; }
 
 /// A matrix of `rows` rows with `columns` contiguous columns, in boxes of 64 columns x `box_rows` rows.
 Status make_map(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t stride, DType dtype,
@@ -157,6 +158,6 @@ Status sddmm(const BlockSddmm& s, const CudaContext& context) {
 
 }  // namespace
 
-const CudaMatmul matmul_cuda_sm90 = {"sm90", refuses, workspace, product, refuses_sddmm, sddmm};
+const CudaMatmul matmul_cuda_sm90 = {"sm90", refuses, workspace, product, refuses_sddmm, workspace_sddmm, sddmm};
 
 }  // namespace sparsekit

@@ -67,6 +67,11 @@ Status block_sparse_product(const BlockSparseProduct& arguments, const CudaConte
   return arguments.tokens == 0 || features == 0 ? status : chosen->product(arguments, context);
 }
 
+size_t block_sddmm_workspace(const BlockSddmm& arguments, const CudaContext& context) {
+  const CudaMatmul* chosen = nullptr;
+  return choose(arguments, context, &chosen).ok() ? chosen->workspace_sddmm(arguments, context) : 0;
+}
+
 Status block_sddmm(const BlockSddmm& arguments, const CudaContext& context) {
   const CudaMatmul* chosen = nullptr;
   Status status = choose(arguments, context, &chosen);

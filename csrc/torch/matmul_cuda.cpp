@@ -17,7 +17,7 @@ struct MatmulCuda {
   }
   static void run(const BlockSddmm& s, const Tensor& a) {
     CudaCall call(a);
-    require(block_sddmm(s, call.context));
+    require(block_sddmm(s, call.with_workspace(block_sddmm_workspace(s, call.context))));
   }
   static void run(const TransposeBlockSparse& t, const Tensor& indices) {
     CudaCall call(indices);

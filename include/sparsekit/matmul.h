@@ -132,6 +132,7 @@ struct CudaContext;  // sparsekit/attention.h
 
 /// Bytes of scratch that a call wants in its context.
 size_t block_sparse_product_workspace(const BlockSparseProduct& arguments, const CudaContext& context);
+size_t block_sddmm_workspace(const BlockSddmm& arguments, const CudaContext& context);
 size_t transpose_block_sparse_workspace(const TransposeBlockSparse& arguments);
 
 Status block_sparse_product(const BlockSparseProduct& arguments, const CudaContext& context);
