@@ -49,7 +49,8 @@ def block_sparse_linear(
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument does not fit; the message names it, what was found and what is
-            supported. On the CPU an index out of range raises, naming the first.
+            supported. On the CPU an index out of range raises, naming the first; on CUDA it is skipped
+            (docs/matmul.md), and int8 weights and float64 are not taken.
 
     Sources: blocks of weights as in BLaST (arXiv 2507.03117); int8 4 x 1 blocks: Shen et al. (arXiv 2306.16601).
     """
