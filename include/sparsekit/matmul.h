@@ -79,6 +79,8 @@ struct BlockSparseProduct {
   Activation activation = Activation::none;
   TokensView<const void*> factor;  // as output, which it may be
 
+  bool tf32 = false;  // CUDA, fp32: one TF32 product in place of three that are accurate to fp32
+
   // CUDA only. With a gate G: y = activation(x G^T) * (x W^T), the former rounded to the dtype; no bias, no factor.
   const BlockSparseGate* gate = nullptr;
   // The input comes from the product launched just before on the same stream, the weight from earlier: the kernel may
@@ -95,6 +97,7 @@ struct BlockSddmm {
   const void* b = nullptr;
   int64_t a_row = 0, a_inner = 0, b_inner = 0, b_col = 0;  // strides in elements; one of each pair is 1
   void* values = nullptr;                                  // [nnz, R, C]; 0 in padding
+  bool tf32 = false;                                       // as in BlockSparseProduct
 };
 
 /// Counting sort of the blocks by column. Outputs are int32 or int64, as `pattern.col`.

@@ -3,7 +3,8 @@
     block_sparse_linear   x W^T (or x W), with bias and activation        block_sparse_mm    W x (or W^T x)
     block_sddmm           (a b) at the blocks of a pattern                block_sparse_mlp   (act(x gate^T) * x up^T) down^T
 
-A weight is a BlockSparseMatrix, an NMGMatrix or a torch.sparse_bsr tensor. Sums are fp32 (of int8: integers).
+A weight is a BlockSparseMatrix, an NMGMatrix or a torch.sparse_bsr tensor. Sums are fp32 (of int8: integers); float32 on a
+GPU is rounded to TF32 where torch.backends.cuda.matmul.allow_tf32 says so, else accurate to fp32.
 Torch's side of the ops (autograd, fake kernels, ...) is in _registrations/.
 """
 
@@ -64,7 +65,7 @@ def block_sparse_linear(
     features = matrix.shape[1 if transposed else 0]
     return _ops.block_sparse_linear(
         *(input, matrix.values, bias, matrix.crow_indices, matrix.col_indices, features),
-        *(transposed, number, matrix.scales, *transpose),
+        *(transposed, number, matrix.scales, *transpose, _tf32(input)),
     )
 
 
@@ -86,7 +87,7 @@ def block_sparse_mm(weight: Weight, dense: Tensor, *, transposed: bool = False) 
     features = matrix.shape[1 if transposed else 0]
     return _ops.block_sparse_mm(
         *(dense, matrix.values, matrix.crow_indices, matrix.col_indices, features, transposed),
-        *(matrix.scales, *transpose),
+        *(matrix.scales, *transpose, _tf32(dense)),
     )
 
 
@@ -107,7 +108,7 @@ def block_sddmm(a: Tensor, b: Tensor, pattern: Weight) -> Tensor:
             f"a, b: found shapes {tuple(a.shape)}, {tuple(b.shape)}, supported are [{matrix.shape[0]}, K], "
             f"[K, {matrix.shape[1]}] for a pattern of shape {tuple(matrix.shape)}"
         )
-    values = _ops.block_sddmm(a, b, matrix.crow_indices, matrix.col_indices, matrix.block_size)
+    values = _ops.block_sddmm(a, b, matrix.crow_indices, matrix.col_indices, matrix.block_size, _tf32(a))
     return values.view(pattern.values.shape) if isinstance(pattern, NMGMatrix) else values
 
 
@@ -145,7 +146,7 @@ def block_sparse_mlp(
         values.append(None if matrix is None else matrix.values)
         indices += [None, None] if matrix is None else [matrix.crow_indices, matrix.col_indices]
         scales.append(None if matrix is None else matrix.scales)
-    return _ops.block_sparse_mlp(x, *values, *indices, hidden, down_matrix.shape[0], number, *scales)
+    return _ops.block_sparse_mlp(x, *values, *indices, hidden, down_matrix.shape[0], number, *scales, _tf32(x))
 
 
 def as_matrix(weight: Weight) -> BlockSparseMatrix:
@@ -176,6 +177,11 @@ def _torch_activation(name: str | None, x: Tensor) -> Tensor:
     if number in (2, 3):
         return F.gelu(x, approximate="tanh" if number == 3 else "none")
     return F.silu(x) if number == 4 else x
+
+
+def _tf32(tensor: Tensor) -> bool:
+    """Whether torch's own products of float32 on a GPU may round to TF32."""
+    return tensor.is_cuda and tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
 
 
 def _any_grad(*tensors: Tensor | None) -> bool:
