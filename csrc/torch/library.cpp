@@ -158,6 +158,7 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
       "compact_kv(Tensor(a!)[] cache_tensors, Tensor keep_index, Tensor? block_table=None, Tensor(b!)? lengths=None, "
       "bool tokens_first=False) -> ()");
   m.def("tokens_plan_cpu(ScalarType dtype, bool match=False) -> str");
+  m.def("tokens_plan_cuda(ScalarType dtype, bool match=False) -> str");
   // ---- kv_cache. scores is empty where scores_length is 0.
   m.def(
       "quantize_kv(Tensor x, int bits, int group_size, bool per_channel, bool symmetric, bool value_layout) -> "
