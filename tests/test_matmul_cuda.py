@@ -113,6 +113,38 @@ def test_mlp_and_gradients(seed):
             assert (a.double().cpu() - b).norm() <= 2e-2 * b.norm(), name
 
 
+@pytest.fixture
+def allow_tf32():
+    before = torch.backends.cuda.matmul.allow_tf32
+
+    def allow(allowed: bool):
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+    yield allow
+    allow(before)
+
+
+@pytest.mark.parametrize("block_size", [(64, 64), (16, 16), (5, 3)], ids=str)
+def test_tf32_where_torch_allows_it(block_size, allow_tf32, seed):
+    R, C = block_size
+    matrix, dense = cuda_weight((4 * R, 5 * C), block_size, 0.6, torch.float32)
+    matrix = matrix.with_values(matrix.values.nan_to_num().requires_grad_())
+    x, grad = torch.randn(70, 5 * C), torch.randn(70, 4 * R)
+    want = (
+        x.double() @ dense.t(),
+        grad.double() @ dense,
+        blocks_of(grad.double().t() @ x.double(), move(matrix.detach(), "cpu")),
+    )
+    for allowed in (False, True):
+        allow_tf32(allowed)
+        leaf = x.cuda().requires_grad_()
+        out = block_sparse_linear(leaf, matrix)
+        got = (out, *torch.autograd.grad(out, (leaf, matrix.values), grad.cuda()))
+        for a, b in zip(got, want, strict=True):
+            error = float((a.detach().double().cpu() - b).norm() / b.norm())
+            assert 2e-5 < error < 1e-3 if allowed else error < 2e-6
+
+
 @pytest.mark.parametrize("tokens", [1, 9, 16, 70, 700])
 @pytest.mark.parametrize(
     "blocks",
