@@ -1,6 +1,5 @@
 // The host side of the mma.sync kernels, and their entry in the table of implementations: which kernel, and the launch.
 #include <algorithm>
-#include <cstdlib>
 
 #include "common/cuda/launch.h"
 #include "matmul/cuda_implementations.h"
@@ -42,7 +41,6 @@ bool takes_panels(const BlockSparseProduct& p, const CudaContext& context) {
   auto small = [](int size) { return size == 16 || size == 32; };
   if (p.dtype == DType::f32 || p.input.feature != 1 || !aligned(p)) return false;
   if (!small(p.pattern.block_rows) || !small(p.pattern.block_cols) || p.pattern.nnz > INT32_MAX) return false;
-  if (getenv("SPARSEKIT_NO_PANELS")) return false;  // EXPERIMENT
   const Panels panels = panels_of_product(product_call(p));
   SharedMemory card;
   if (!shared_memory_of_device(&card).ok() || card.per_block < kPanelSharedBytes + 4096) return false;
@@ -139,7 +137,6 @@ bool takes_panels(const BlockSddmm& s) {
   if (s.dtype == DType::f32 || !small(w.block_rows) || !small(w.block_cols) || w.nnz > INT32_MAX) return false;
   if (s.a_row != 1 || s.b_col != 1 || s.a_inner % 8 || s.b_inner % 8 || s.inner < 256) return false;
   if ((address(s.a) | address(s.b)) % 16 || address(s.values) % 4) return false;
-  if (getenv("SPARSEKIT_NO_PANELS")) return false;  // EXPERIMENT
   SharedMemory card;
   if (!shared_memory_of_device(&card).ok() || card.per_block < kSampledSharedBytes + 4096) return false;
   return w.nnz * 10 >= w.row_blocks() * w.col_blocks() &&
