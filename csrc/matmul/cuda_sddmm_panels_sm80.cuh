@@ -1,4 +1,4 @@
-// values[p] = the block p of a b, of blocks of 16 and 32, where a has rows contiguous and b columns (dW = dy^T x), with
+// values[p] = the block p of a b, of blocks of 16 x 16, where a has rows contiguous and b columns (dW = dy^T x), with
 // mma.sync (sm_80 and later): the blocks of many block rows and columns share both.
 //
 // By itself a row of blocks of 16 does 14 flop for each byte that it loads. Here a CTA computes the blocks that stand
@@ -20,18 +20,14 @@ constexpr int kSampledBytesA = kSampledStep * kPanelFeatures * 2, kSampledBytesB
 constexpr int kSampledStageBytes = kSampledBytesA + kSampledBytesB;
 constexpr int kSampledSharedBytes = kSampledStages * kSampledStageBytes;
 
-template <class Element, int R, int C>
-struct SampledBlock {
-  static constexpr int kMT = R / 16, kNT = C / 16;
-  static constexpr int kOfWarp = 128 / (kMT * kNT * 8), kSlots = 8 * kOfWarp;  // blocks
-};
+constexpr int kSampledOfWarp = 16, kSampledSlots = 8 * kSampledOfWarp;  // blocks
 
-template <class Element, int R, int C>
+template <class Element>
 __global__ void __launch_bounds__(kSampledThreads, 1)
     sampled_kernel(const __grid_constant__ BlockSddmm call, const __grid_constant__ Panels panels) {
-  using Block = SampledBlock<Element, R, C>;
+  constexpr int R = 16, C = 16;
   extern __shared__ __align__(1024) char shared[];
-  __shared__ PanelEntry entries[Block::kSlots];
+  __shared__ PanelEntry entries[kSampledSlots];
   __shared__ PanelStep step_of;
   __shared__ int64_t panel_of;
   __shared__ unsigned columns_of;  // bit: a block of this column of the window is there
@@ -55,9 +51,9 @@ __global__ void __launch_bounds__(kSampledThreads, 1)
     if (step >= 0 && step < panels.counts[low]) step_of = panels.steps[blockIdx.x];
   }
   __syncthreads();
-  const int count = min(step_of.count, Block::kSlots);
+  const int count = min(step_of.count, kSampledSlots);
   if (count <= 0) return;
-  if (int(threadIdx.x) < Block::kSlots) {
+  if (int(threadIdx.x) < kSampledSlots) {
     PanelEntry entry = {-1, 0};
     const int64_t at = int64_t(step_of.begin) + int(threadIdx.x);
     if (int(threadIdx.x) < count && at >= 0 && at < pattern.nnz) entry = panels.entries[at];
@@ -93,15 +89,13 @@ __global__ void __launch_bounds__(kSampledThreads, 1)
     }
   };
 
-  float sums[Block::kOfWarp][Block::kMT][2 * Block::kNT][4];
+  float sums[kSampledOfWarp][2][4];
 #pragma unroll
-  for (int s = 0; s < Block::kOfWarp; ++s)
+  for (int s = 0; s < kSampledOfWarp; ++s)
 #pragma unroll
-    for (int i = 0; i < Block::kMT; ++i)
+    for (int j = 0; j < 2; ++j)
 #pragma unroll
-      for (int j = 0; j < 2 * Block::kNT; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[s][i][j][e] = 0.f;
+      for (int e = 0; e < 4; ++e) sums[s][j][e] = 0.f;
 
 #pragma unroll 1
   for (int step = 0; step < kSampledStages - 1; ++step) {
@@ -117,27 +111,17 @@ __global__ void __launch_bounds__(kSampledThreads, 1)
     const uint32_t tile_a = base + uint32_t(step % kSampledStages * kSampledStageBytes),
                    tile_b = tile_a + kSampledBytesA;
 #pragma unroll
-    for (int s = 0; s < Block::kOfWarp; ++s) {
+    for (int s = 0; s < kSampledOfWarp; ++s) {
       if (8 * s + warp >= count) break;
       const int32_t where = entries[8 * s + warp].at;
       const int first_a = (where & 255) * (R / 8), first_b = (where >> 8) * (C / 8);
 #pragma unroll
       for (int k = 0; k < kSampledStep / 16; ++k) {
-        uint32_t of_a[Block::kMT][4], of_b[Block::kNT][4];
-#pragma unroll
-        for (int i = 0; i < Block::kMT; ++i) {
-          load_matrices_transposed(of_a[i],
-                                   address_columns16<kPanelFeatures * 2>(tile_a, 16 * k, first_a + 2 * i, lane));
-        }
-#pragma unroll
-        for (int j = 0; j < Block::kNT; ++j) {
-          load_matrices_transposed(of_b[j], address_rows16<kSampledWindow * 2>(tile_b, 16 * k, first_b + 2 * j, lane));
-        }
-#pragma unroll
-        for (int i = 0; i < Block::kMT; ++i)
-#pragma unroll
-          for (int j = 0; j < 2 * Block::kNT; ++j)
-            mma_m16n8k16<Element>(sums[s][i][j], of_a[i], of_b[j / 2][j % 2 * 2], of_b[j / 2][j % 2 * 2 + 1]);
+        uint32_t of_a[4], of_b[4];
+        load_matrices_transposed(of_a, address_columns16<kPanelFeatures * 2>(tile_a, 16 * k, first_a, lane));
+        load_matrices_transposed(of_b, address_rows16<kSampledWindow * 2>(tile_b, 16 * k, first_b, lane));
+        mma_m16n8k16<Element>(sums[s][0], of_a, of_b[0], of_b[1]);
+        mma_m16n8k16<Element>(sums[s][1], of_a, of_b[2], of_b[3]);
       }
     }
   }
@@ -145,7 +129,7 @@ __global__ void __launch_bounds__(kSampledThreads, 1)
 
   Element* values = static_cast<Element*>(call.values);
 #pragma unroll
-  for (int s = 0; s < Block::kOfWarp; ++s) {
+  for (int s = 0; s < kSampledOfWarp; ++s) {
     if (8 * s + warp >= count) break;
     const PanelEntry entry = entries[8 * s + warp];
     if (entry.place < 0) continue;
@@ -153,26 +137,20 @@ __global__ void __launch_bounds__(kSampledThreads, 1)
     const int64_t rows = pattern.rows - row - (entry.at & 255) * R, cols = pattern.cols - column - (entry.at >> 8) * C;
     Element* to = values + int64_t(entry.place) * (R * C) + r * C + c;
 #pragma unroll
-    for (int i = 0; i < Block::kMT; ++i)
+    for (int j = 0; j < 2; ++j)
 #pragma unroll
-      for (int j = 0; j < 2 * Block::kNT; ++j)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {  // padding is 0 even where a has a NaN
-          const bool inside = r + 16 * i + 8 * half < rows;
-          const float low = inside && c + 8 * j < cols ? sums[s][i][j][2 * half] : 0.f;
-          const float high = inside && c + 8 * j + 1 < cols ? sums[s][i][j][2 * half + 1] : 0.f;
-          *reinterpret_cast<uint32_t*>(to + (16 * i + 8 * half) * C + 8 * j) = pack<Element>(low, high);
-        }
+      for (int half = 0; half < 2; ++half) {  // padding is 0 even where a has a NaN
+        const bool inside = r + 8 * half < rows;
+        const float low = inside && c + 8 * j < cols ? sums[s][j][2 * half] : 0.f;
+        const float high = inside && c + 8 * j + 1 < cols ? sums[s][j][2 * half + 1] : 0.f;
+        *reinterpret_cast<uint32_t*>(to + 8 * half * C + 8 * j) = pack<Element>(low, high);
+      }
   }
 }
 
 using SampledKernel = void (*)(BlockSddmm, Panels);
-struct SampledChoice {
-  SampledKernel kernel;
-  int slots;
-};
 
-/// In cuda_sddmm_panels_sm80.cu; blocks of 16 or 32 each way.
-SampledChoice sampled_kernel_of(DType dtype, int block_rows, int block_cols);
+/// In cuda_sddmm_panels_sm80.cu.
+SampledKernel sampled_kernel_of(DType dtype);
 
 }  // namespace sparsekit::cuda
