@@ -11,6 +11,7 @@
 
 #include "tokens/cuda_implementations.h"
 #include "tokens/cuda_launch.h"
+#include "tokens/cuda_memory.cuh"
 #include "tokens/cuda_rows.cuh"
 
 namespace sparsekit::cuda {
@@ -18,12 +19,12 @@ namespace {
 
 int variant(const char* name) { return getenv(name) ? atoi(getenv(name)) : 0; }
 
-template <class Vector>
+template <class Vector, int kHint>
 __device__ __forceinline__ Vector load_hint(const Vector* from) {
-  if constexpr (sizeof(Vector) == 16) {
-    Vector v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-    return v;
+  if constexpr (kHint == 3) {
+    return __ldcs(from);
+  } else if constexpr (sizeof(Vector) == 16) {
+    return load_16_once(from);
   } else {
     return __ldg(from);
   }
@@ -33,6 +34,7 @@ struct Part {
   Shape shape;
   Rows in, base, out;
   int vector_bytes;
+  bool stream;  // the result is larger than the cache
 };
 
 struct Moves {
@@ -44,14 +46,14 @@ struct Moves {
   Part part[kMostTensors];
 };
 
-template <class Vector, class Int, int kVectors, int kHint>
+template <class Vector, class Int, int kVectors, int kHint, int kThreads>
 __device__ __forceinline__ void move_part(const Moves& a, const Part& part, int64_t block) {
-  const Int first = Int(block) * Int(kVectors * kRowThreads) + threadIdx.x;
+  const Int first = Int(block) * Int(kVectors * kThreads) + threadIdx.x;
   const char* from[kVectors];
   Vector* to[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    const Int v = first + Int(i) * kRowThreads;
+    const Int v = first + Int(i) * kThreads;
     from[i] = nullptr;
     to[i] = nullptr;
     if (v >= Int(part.shape.total)) continue;
@@ -72,25 +74,25 @@ __device__ __forceinline__ void move_part(const Moves& a, const Part& part, int6
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     value[i] = Vector();
-    if (from[i]) value[i] = kHint ? load_hint(reinterpret_cast<const Vector*>(from[i])) : __ldg(reinterpret_cast<const Vector*>(from[i]));
+    if (from[i]) value[i] = load_hint<Vector, kHint>(reinterpret_cast<const Vector*>(from[i]));
   }
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     if (!to[i]) continue;
-    if (kHint == 2) __stcs(to[i], value[i]); else *to[i] = value[i];
+    if (part.stream) __stcs(to[i], value[i]); else *to[i] = value[i];
   }
 }
 
-template <class Int, int kVectors, int kHint>
-__global__ void __launch_bounds__(kRowThreads) move(const __grid_constant__ Moves a) {
+template <class Int, int kVectors, int kHint, int kThreads>
+__global__ void __launch_bounds__(kThreads) move(const __grid_constant__ Moves a) {
   const Part& part = a.part[part_of_block(a.part, a.tensors)];
   const int64_t block = int64_t(blockIdx.x) - part.shape.first_block;
   switch (part.vector_bytes) {
-    case 16: return move_part<uint4, Int, kVectors, kHint>(a, part, block);
-    case 8: return move_part<uint2, Int, kVectors, kHint>(a, part, block);
-    case 4: return move_part<uint32_t, Int, kVectors, kHint>(a, part, block);
-    case 2: return move_part<unsigned short, Int, kVectors, kHint>(a, part, block);
-    default: return move_part<unsigned char, Int, kVectors, kHint>(a, part, block);
+    case 16: return move_part<uint4, Int, kVectors, kHint, kThreads>(a, part, block);
+    case 8: return move_part<uint2, Int, kVectors, kHint, kThreads>(a, part, block);
+    case 4: return move_part<uint32_t, Int, kVectors, kHint, kThreads>(a, part, block);
+    case 2: return move_part<unsigned short, Int, kVectors, kHint, kThreads>(a, part, block);
+    default: return move_part<unsigned char, Int, kVectors, kHint, kThreads>(a, part, block);
   }
 }
 
@@ -99,12 +101,17 @@ Status launch(const Moves& moves, int64_t blocks, bool wide, const CudaContext& 
     return error(Status::Kind::unsupported, "tensors: the result has %lld KB; CUDA takes 32 TB", (long long)blocks * 16);
   }
   using Kernel = void (*)(Moves);
-  const int v = variant("TV"), h = variant("TH");
-  Kernel kernel = wide     ? move<uint64_t, 4, 0>
-                  : v == 2 ? (h == 2 ? move<uint32_t, 2, 2> : h == 1 ? move<uint32_t, 2, 1> : move<uint32_t, 2, 0>)
-                  : v == 8 ? (h == 2 ? move<uint32_t, 8, 2> : h == 1 ? move<uint32_t, 8, 1> : move<uint32_t, 8, 0>)
-                           : (h == 2 ? move<uint32_t, 4, 2> : h == 1 ? move<uint32_t, 4, 1> : move<uint32_t, 4, 0>);
-  if (blocks > 0) start(kernel, unsigned(blocks), kRowThreads, 0, context.stream, moves);
+  const int v = variant("TV") ? variant("TV") : 2, h = variant("TH"), n = variant("TN") ? variant("TN") : 256;
+  Kernel kernel = move<uint32_t, 2, 2, 256>;
+  if (v == 2 && h == 3 && n == 256) kernel = move<uint32_t, 2, 3, 256>;
+  if (v == 2 && h != 3 && n == 128) kernel = move<uint32_t, 2, 2, 128>;
+  if (v == 2 && h != 3 && n == 512) kernel = move<uint32_t, 2, 2, 512>;
+  if (v == 1 && h != 3 && n == 256) kernel = move<uint32_t, 1, 2, 256>;
+  if (v == 1 && h != 3 && n == 512) kernel = move<uint32_t, 1, 2, 512>;
+  if (v == 4 && h != 3 && n == 128) kernel = move<uint32_t, 4, 2, 128>;
+  if (v == 4 && h == 3 && n == 128) kernel = move<uint32_t, 4, 3, 128>;
+  if (wide) kernel = move<uint64_t, 2, 2, 256>;
+  if (blocks > 0) start(kernel, unsigned(blocks), wide ? 256 : n, 0, context.stream, moves);
   return started("moving tokens");
 }
 
@@ -114,13 +121,14 @@ Status move_rows(const DevicePlan& plan, const TokenTensor* in, const TokenTenso
                  int64_t tensors, const CudaContext& context) {
   Moves moves{Side(plan.from), Side(plan.to), plan.index, plan.wide, plan.flat, plan.index_rows, 0, {}};
   int64_t blocks = 0;
-  const int64_t kBlockVectors = (variant("TV") ? variant("TV") : 4) * kRowThreads;
+  const int64_t kBlockVectors = (variant("TV") ? variant("TV") : 2) * (variant("TN") ? variant("TN") : 256);
   bool wide = false;
   for (int64_t i = 0; i < tensors; ++i) {
     Part part;
     part.vector_bytes = vector_bytes({&in[i], base ? &base[i] : nullptr, &out[i]});
-    part.shape = Shape(out[i], moves.to, part.vector_bytes);
+    part.shape = Shape(out[i], moves.to, out[i].row_bytes() / part.vector_bytes);
     part.shape.first_block = blocks;
+    part.stream = part.shape.total * part.vector_bytes > kStreamBytes;
     part.in = Rows(in[i]);
     if (base) part.base = Rows(base[i]);
     part.out = Rows(out[i]);
