@@ -1,12 +1,13 @@
 // Keeps some rows of a cache, in place: row j of a sample becomes row keep[j].
 //
 // Rows only move towards the beginning, as the list ascends: keep[j] >= j. So a block that owns some columns of one
-// (sample, head, tensor) goes through the list in batches: it reads the rows of a batch into registers, waits for all of
-// its threads (barrier), and writes them. What a batch writes, rows j .. j + batch - 1, no later batch reads, as that
-// reads rows >= j + batch; and other blocks own other columns. No scratch, no second pass over the cache.
+// (sample, head, tensor) goes through the list in batches: it reads the rows of a batch into registers, waits for all
+// of its threads (barrier), and writes them. What a batch writes, rows j .. j + batch - 1, no later batch reads, as
+// that reads rows >= j + batch; and other blocks own other columns. No scratch, no second pass over the cache.
 //
-// The list of a sample ends before its first entry that is -1, names no row in use, or does not ascend; a row whose page
-// does not exist is not moved. A first kernel finds that end (and updates lengths, which nothing reads afterwards).
+// The list of a sample ends before its first entry that is -1, names no row in use, or does not ascend; a row whose
+// page does not exist is not moved. A first kernel finds that end (and updates lengths, which nothing reads
+// afterwards).
 //
 // Tiling: 512 threads = columns x rows; a slice of columns is 64 bytes or more, as narrow as it takes to have a block
 // per multiprocessor. kBatch rows per thread are in flight. Bound: memory, each kept row is read and written once.

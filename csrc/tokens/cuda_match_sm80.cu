@@ -4,14 +4,15 @@
 //
 // Tiling: a CTA owns `Tile::sources` even tokens of a sample and goes through the odd ones in panels. Both are read in
 // steps of 128 bytes of each row through a ring of stages in shared memory (cp.async), all products of the tile wait in
-// registers. The squares of the lengths are summed from the same stages between the products, so the metric is read from
-// memory once and normalised never: after the last step a product is multiplied with 1 / |m_2j+1|, compared with the
-// best so far and dropped. No matrix of similarities exists.
-//   large   144 x 288, 12 warps of 48 x 72: 576 tokens are two tiles of one panel; 110 MB from L2 for 64 x 576 x 1024 in
+// registers. The squares of the lengths are summed from the same stages between the products, so the metric is read
+// from memory once and normalised never: after the last step a product is multiplied with 1 / |m_2j+1|, compared with
+// the best so far and dropped. No matrix of similarities exists.
+//   large   144 x 288, 12 warps of 48 x 72: 576 tokens are two tiles of one panel; 110 MB from L2 for 64 x 576 x 1024
+//   in
 //           bf16, where tiles of 64 x 96 take 310 MB
 //   small   64 x 128, 8 warps of 32 x 32: short sequences, and cards with less shared memory
-// Bound: tensor cores (mma.sync reaches 62 % of Hopper's peak: 20 us for 64 x 576 x 1024) and the one read of the metric
-// (18 us), one under the other.
+// Bound: tensor cores (mma.sync reaches 62 % of Hopper's peak: 20 us for 64 x 576 x 1024) and the one read of the
+// metric (18 us), one under the other.
 //
 // Precision: products of 16-bit numbers are exact and added in fp32; fp32 goes through three tf32 products
 // (common/cuda/mma.cuh). Squares leave fp32 beyond 1e+-9 or so of length: a tile that meets such a row (or NaN, or
@@ -37,7 +38,7 @@ struct Tile {
   static constexpr int rows = sources + panel;
   static constexpr int stage_bytes = rows * kStepBytes;
   static constexpr int copies = rows * kStepChunks / threads;  // of 16 bytes, per thread and step
-  static constexpr int apart = threads / kStepChunks;              // rows between those of a thread's copies
+  static constexpr int apart = threads / kStepChunks;          // rows between those of a thread's copies
   // Whose squares a thread adds: its own rows; of the rows that are left, chunks.
   static constexpr int own_rows = rows / threads, own_chunks = (rows - own_rows * threads) * kStepChunks / threads;
   // Behind the stages: 1 / length of each row, then value and position of the best of each source and column of warps.
@@ -50,7 +51,7 @@ using Small = Tile<2, 4, 2, 4, 3>;  // 64 x 128
 template <class Element, class Tile>
 struct Stream {
   const char* sample;
-  int64_t row_bytes, length;  // of a row: stride, and what is read
+  int64_t row_bytes, length;            // of a row: stride, and what is read
   int count, first_source, steps, all;  // steps of a panel, of all panels
 
   /// The token of this thread's i-th row.
@@ -133,11 +134,16 @@ __global__ void __launch_bounds__(Tile::threads) nearest(const __grid_constant__
   const int sources = int((count + 1) / 2), destinations = int(count / 2);
   const int panels = (destinations + Tile::panel - 1) / Tile::panel;
 
-  Stream<Element, Tile> stream{m.metric + s * m.sample_bytes, m.row_bytes, m.dim * int64_t(sizeof(Element)), int(count),
-                      first_source, int((m.dim * int64_t(sizeof(Element)) + kStepBytes - 1) / kStepBytes), 0};
+  Stream<Element, Tile> stream{m.metric + s * m.sample_bytes,
+                               m.row_bytes,
+                               m.dim * int64_t(sizeof(Element)),
+                               int(count),
+                               first_source,
+                               int((m.dim * int64_t(sizeof(Element)) + kStepBytes - 1) / kStepBytes),
+                               0};
   if (first_source < sources) stream.all = panels * stream.steps;
   bool inexact = false;
-  float top = -kInfinity;           // of source threadIdx.x
+  float top = -kInfinity;  // of source threadIdx.x
   int32_t chosen = int32_t(m.protect | 1);
 
 #pragma unroll

@@ -1,12 +1,12 @@
 // What the kernels of the movers share: from a place in a result to the row of a tensor, on the device.
 //
-// Results are walked as one flat range of vectors (16 bytes where everything is aligned to that, else less): vector v is
-// column v % vectors of row v / vectors, and that is row r of (sample, outer). So rows of any size fill every lane, and
-// neighbouring lanes write neighbouring addresses. The divisions are multiplications (Divider); where there are 2^31
-// vectors or more they are 64-bit divisions.
+// Results are walked as one flat range of vectors (16 bytes where everything is aligned to that, else less): vector v
+// is column v % vectors of row v / vectors, and that is row r of (sample, outer). So rows of any size fill every lane,
+// and neighbouring lanes write neighbouring addresses. The divisions are multiplications (Divider); where there are
+// 2^31 vectors or more they are 64-bit divisions.
 //
-// Nothing that index tensors hold leads out of bounds: an entry that names no token is none (-1), cu_seqlens are clamped
-// to the rows that exist.
+// Nothing that index tensors hold leads out of bounds: an entry that names no token is none (-1), cu_seqlens are
+// clamped to the rows that exist.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,7 +19,7 @@ namespace sparsekit::cuda {
 
 constexpr int kRowThreads = 256;
 constexpr int64_t kStreamBytes = 32 << 20;  // results beyond this leave the cache as soon as they can
-constexpr int kMostTensors = 12;  // of one launch: kernel arguments are at most 4 KB
+constexpr int kMostTensors = 12;            // of one launch: kernel arguments are at most 4 KB
 
 /// n / divisor for 0 <= n < 2^31 as a multiplication, an addition and a shift (Granlund and Montgomery 1994).
 struct Divider {
