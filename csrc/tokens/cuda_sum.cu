@@ -4,16 +4,15 @@
 //
 // A row of one entry with coefficient 1 and no base is a copy, bit for bit; one without entries is base, or zeros.
 //
-// Tiling: a group of up to 32 lanes owns kVectors vectors each of one row of the result, reads the row's entries once for all
-// of them and adds in their order, in registers: no atomics, the same bits in every run. kEntries rows are in flight at a
-// time. Rows without entries, and copies, take a short way. Bound: memory, each row of the input and of the result moves
-// once; with a vector per thread it was bound by the address arithmetic and by occupancy (122 registers), at a third of a
-// copy. Source: segmented reduction over a sorted index (torch_scatter's segment_csr).
+// Tiling: a group of up to 32 lanes owns kVectors vectors each of one row of the result, reads the row's entries once
+// for all of them and adds in their order, in registers: no atomics, the same bits in every run. kEntries rows are in
+// flight at a time. Rows without entries, and copies, take a short way. Bound: memory, each row of the input and of the
+// result moves once; with a vector per thread it was bound by the address arithmetic and by occupancy (122 registers),
+// at a third of a copy. Source: segmented reduction over a sorted index (torch_scatter's segment_csr).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <initializer_list>
 
 #include "tokens/cuda_implementations.h"
@@ -24,15 +23,19 @@
 namespace sparsekit::cuda {
 namespace {
 
-int variant(const char* name) { return getenv(name) ? atoi(getenv(name)) : 0; }
+// Of the shapes tried on an H200 (kVectors kEntries blocks per multiprocessor, so registers) 2 2 4 is the fastest: two
+// rows of 8 KB into one at 0.79 of a copy, where 4 2 2 had 0.64, 4 1 3 0.58 and 2 4 3 0.55.
+constexpr int kVectors = 2;  // of 16 bytes per lane
+constexpr int kEntries = 2;
+constexpr int kBlocks = 4;
 
 struct Part {
   Shape shape;  // `vectors` are groups' chunks here
   Rows in, base, out;
   TokenType type;
-  bool wide;    // vectors of 16 bytes; else single elements
-  bool stream;  // the result is larger than the cache
-  int vectors;  // of a row
+  bool wide;      // vectors of 16 bytes; else single elements
+  bool stream;    // the result is larger than the cache
+  int vectors;    // of a row
   int log_group;  // of the lanes that share a row
 };
 
@@ -56,12 +59,13 @@ __device__ __forceinline__ Sum coefficient_at(const Sums& a, int64_t entry) {
 }
 
 /// Sum: what a row is added in (float; double; uint64_t for integers, which wrap). Width: elements of a vector.
-template <class Element, class Sum, int Width, class Int, int kVectors, int kEntries>
+template <class Element, class Sum, int Width, class Int>
 __device__ __forceinline__ void sum_part(const Sums& a, const Part& part, int64_t block) {
   using Values = Pack<Element, Width>;
   const Int unit = (Int(block) * Int(kRowThreads) + threadIdx.x) >> part.log_group;
   if (unit >= Int(part.shape.total)) return;
-  const Int row = sizeof(Int) == 4 ? Int(part.shape.vectors.divide(uint32_t(unit))) : unit / Int(part.shape.vectors_wide);
+  const Int row =
+      sizeof(Int) == 4 ? Int(part.shape.vectors.divide(uint32_t(unit))) : unit / Int(part.shape.vectors_wide);
   const int group = 1 << part.log_group;
   const int column = int(unit - row * Int(part.shape.vectors_wide)) * group * kVectors + (threadIdx.x & (group - 1));
   const int left = part.vectors - column;  // vector i of this thread exists where i * group < left
@@ -159,24 +163,24 @@ __device__ __forceinline__ void sum_part(const Sums& a, const Part& part, int64_
   }
 }
 
-template <class Element, class Sum, class Int, int kVectors, int kEntries>
+template <class Element, class Sum, class Int>
 __device__ __forceinline__ void sum_either(const Sums& a, const Part& part, int64_t block) {
   if (part.wide) {
-    sum_part<Element, Sum, 16 / sizeof(Element), Int, kVectors, kEntries>(a, part, block);
+    sum_part<Element, Sum, 16 / sizeof(Element), Int>(a, part, block);
   } else {
-    sum_part<Element, Sum, 1, Int, kVectors, kEntries>(a, part, block);
+    sum_part<Element, Sum, 1, Int>(a, part, block);
   }
 }
 
 /// Sums in fp32.
-template <class Int, int kVectors, int kEntries, int kBlocks>
+template <class Int>
 __global__ void __launch_bounds__(kRowThreads, kBlocks) sum_f32(const __grid_constant__ Sums a) {
   const Part& part = a.part[part_of_block(a.part, a.tensors)];
   const int64_t block = int64_t(blockIdx.x) - part.shape.first_block;
   switch (part.type) {
-    case TokenType::f32: return sum_either<float, float, Int, kVectors, kEntries>(a, part, block);
-    case TokenType::f16: return sum_either<__half, float, Int, kVectors, kEntries>(a, part, block);
-    default: return sum_either<__nv_bfloat16, float, Int, kVectors, kEntries>(a, part, block);
+    case TokenType::f32: return sum_either<float, float, Int>(a, part, block);
+    case TokenType::f16: return sum_either<__half, float, Int>(a, part, block);
+    default: return sum_either<__nv_bfloat16, float, Int>(a, part, block);
   }
 }
 
@@ -186,12 +190,12 @@ __global__ void __launch_bounds__(kRowThreads) sum_wide(const __grid_constant__ 
   const Part& part = a.part[part_of_block(a.part, a.tensors)];
   const int64_t block = int64_t(blockIdx.x) - part.shape.first_block;
   switch (part.type) {
-    case TokenType::f64: return sum_either<double, double, Int, 2, 2>(a, part, block);
-    case TokenType::f32: return sum_either<float, double, Int, 2, 2>(a, part, block);
-    case TokenType::f16: return sum_either<__half, double, Int, 2, 2>(a, part, block);
-    case TokenType::bf16: return sum_either<__nv_bfloat16, double, Int, 2, 2>(a, part, block);
-    case TokenType::i32: return sum_either<int32_t, uint64_t, Int, 2, 2>(a, part, block);
-    default: return sum_either<long long, uint64_t, Int, 2, 2>(a, part, block);
+    case TokenType::f64: return sum_either<double, double, Int>(a, part, block);
+    case TokenType::f32: return sum_either<float, double, Int>(a, part, block);
+    case TokenType::f16: return sum_either<__half, double, Int>(a, part, block);
+    case TokenType::bf16: return sum_either<__nv_bfloat16, double, Int>(a, part, block);
+    case TokenType::i32: return sum_either<int32_t, uint64_t, Int>(a, part, block);
+    default: return sum_either<long long, uint64_t, Int>(a, part, block);
   }
 }
 
@@ -203,17 +207,8 @@ Status launch(const Sums& sums, int64_t blocks, bool narrow, bool wide, const Cu
   if (blocks > INT32_MAX) {
     return error(Status::Kind::unsupported, "tensors: the result has %lld KB; CUDA takes 16 TB", (long long)blocks * 8);
   }
-  using Kernel = void (*)(Sums);
-  const int v = variant("TS");
-  Kernel kernel = !narrow    ? (wide ? sum_wide<uint64_t> : sum_wide<uint32_t>)
-                  : wide     ? sum_f32<uint64_t, 4, 2, 1>
-                  : v == 421 ? sum_f32<uint32_t, 4, 2, 1>
-                  : v == 412 ? sum_f32<uint32_t, 4, 1, 2>
-                  : v == 413 ? sum_f32<uint32_t, 4, 1, 3>
-                  : v == 223 ? sum_f32<uint32_t, 2, 2, 3>
-                  : v == 224 ? sum_f32<uint32_t, 2, 2, 4>
-                  : v == 243 ? sum_f32<uint32_t, 2, 4, 3>
-                             : sum_f32<uint32_t, 4, 2, 2>;
+  auto* kernel =
+      narrow ? (wide ? sum_f32<uint64_t> : sum_f32<uint32_t>) : (wide ? sum_wide<uint64_t> : sum_wide<uint32_t>);
   if (blocks > 0) start(kernel, unsigned(blocks), kRowThreads, 0, context.stream, sums);
   return started("adding tokens");
 }
@@ -230,10 +225,10 @@ Status sum_rows(const DevicePlan& plan, const TokenTensor* in, const TokenTensor
                  (long long)i);
   }
   for (bool narrow : {true, false}) {
-    Sums sums{Side(plan.from), Side(plan.to),     plan.begin,           plan.count,       plan.index_rows, plan.per_row,
-              plan.rows,       plan.coefficients, plan.coefficients_f64, plan.base_always, 0,               {}};
+    Sums sums{Side(plan.from),       Side(plan.to),    plan.begin, plan.count,
+              plan.index_rows,       plan.per_row,     plan.rows,  plan.coefficients,
+              plan.coefficients_f64, plan.base_always, 0,          {}};
     int64_t blocks = 0;
-    const int per_lane = narrow ? (variant("TS") ? variant("TS") / 100 : 4) : 2;
     bool wide = false;
     for (int64_t i = 0; i < tensors; ++i) {
       if (in_f32(plan, out[i].type) != narrow) continue;
@@ -242,13 +237,14 @@ Status sum_rows(const DevicePlan& plan, const TokenTensor* in, const TokenTensor
       part.wide = vector_bytes({&in[i], base ? &base[i] : nullptr, &out[i]}) == 16;
       const int64_t vectors = part.wide ? out[i].row_bytes() / 16 : out[i].inner;
       if (vectors > INT32_MAX / 2) {
-        return error(Status::Kind::unsupported, "tensors[%lld]: rows of %lld bytes; CUDA sums rows of up to 2^30 elements",
-                     (long long)i, (long long)out[i].row_bytes());
+        return error(Status::Kind::unsupported,
+                     "tensors[%lld]: rows of %lld bytes; CUDA sums rows of up to 2^30 elements", (long long)i,
+                     (long long)out[i].row_bytes());
       }
       part.vectors = int(vectors);
       part.log_group = 0;
-      while (part.log_group < 5 && (per_lane << part.log_group) < vectors) ++part.log_group;
-      const int64_t chunk = per_lane << part.log_group, chunks = (vectors + chunk - 1) / chunk;
+      while (part.log_group < 5 && (kVectors << part.log_group) < vectors) ++part.log_group;
+      const int64_t chunk = kVectors << part.log_group, chunks = (vectors + chunk - 1) / chunk;
       part.shape = Shape(out[i], sums.to, chunks);
       part.shape.first_block = blocks;
       part.in = Rows(in[i]);
