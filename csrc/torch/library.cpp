@@ -125,6 +125,7 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
   // CPU only: raises with the first bad index.
   m.def("check_block_sparse(Tensor crow_indices, Tensor col_indices, SymInt col_blocks) -> ()");
   m.def("matmul_plan_cpu(ScalarType dtype, int[2] block_size) -> str");
+  m.def("matmul_plan_cuda(ScalarType dtype, int[2] block_size, SymInt tokens, bool transposed=False) -> str");
 
   // ---- what would run: one line per implementation, "name: runs" or "name: the reason it refuses"
   m.def(
