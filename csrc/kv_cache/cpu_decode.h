@@ -19,7 +19,6 @@ constexpr float infinity = __builtin_inff();
 struct Workspace {
   float* tile;     // [32][max(head_dim, value_dim)]
   float* x;        // [rows][128] of the chunk at hand, of run(p) chunks
-  const float* next_x = nullptr;  // its weights after softmax, where they are known
   uint8_t* codes;  // [32][max dim]
   float* more;     // what a kernel adds
   static int64_t tile_floats(const DecodeAttention& p) {
@@ -57,8 +56,7 @@ void plain_scores(const DecodeSplit& split, const DecodeChunk& chunk, const Work
   const DecodeAttention& p = *split.problem;
   DType dtype = p.plain ? p.plain->dtype : p.cache->dtype;
   for (int32_t t = 0; t < chunk.count; ++t) {
-    for (int32_t d = 0; d < p.head_dim; d += Simd::lanes)
-      Simd::store(w.tile + d, load_any(chunk.key[t], d, dtype));
+    for (int32_t d = 0; d < p.head_dim; d += Simd::lanes) Simd::store(w.tile + d, load_any(chunk.key[t], d, dtype));
     for (int32_t r = 0; r < split.rows; ++r) {
       const float* query = split.query + int64_t(r) * p.head_dim;
       Simd::Float even = Simd::zero(), odd = Simd::zero();
@@ -173,8 +171,8 @@ SPARSEKIT_INLINE float largest_lane(Simd::Float x, float largest) {
   return largest;
 }
 
-/// Products of a chunk to scores in units of log2, in place: scale, softcap, bias, mask. Returns the largest: -inf where
-/// the row sees none, NaN where one is.
+/// Products of a chunk to scores in units of log2, in place: scale, softcap, bias, mask. Returns the largest: -inf
+/// where the row sees none, NaN where one is.
 float scale_row(const DecodeSplit& split, const DecodeChunk& chunk, int32_t r, float* x) {
   const DecodeAttention& p = *split.problem;
   constexpr int32_t lanes = Simd::lanes;
@@ -206,7 +204,7 @@ float scale_row(const DecodeSplit& split, const DecodeChunk& chunk, int32_t r, f
   for (int32_t t = seen; t < chunk_tokens; ++t) x[t] = -infinity;
   for (int32_t t = 0; t < seen; t += lanes) {
     Simd::Float s = Simd::load(x + t);
-    most = Simd::max(s, most);                     // the other operand where s is NaN,
+    most = Simd::max(s, most);                  // the other operand where s is NaN,
     check = Simd::fma(s, Simd::zero(), check);  // so NaN is looked for: also -inf * 0
   }
   if (Simd::sum(check) != 0) {  // NaN: of a score, or of a masked one
@@ -245,8 +243,8 @@ void softmax_row(const DecodeSplit& split, const DecodeChunk* chunks, int64_t co
   split.total[r] += Simd::sum(total);
 }
 
-/// The walk over a split's chunks. `Kernels` has the two products over a chunk; `following` chunks behind it are known:
-/// what to prefetch.
+/// The walk over a split's chunks. `Kernels` has the two products over a chunk; `next` is the chunk behind it
+/// or null: what to prefetch.
 template <class Kernels>
 void run_split(const DecodeSplit& split) {
   const DecodeAttention& p = *split.problem;
@@ -256,24 +254,23 @@ void run_split(const DecodeSplit& split) {
   Kernels kernels(split, w);
   float* scores = w.x;
   int64_t size = int64_t(split.rows) * chunk_tokens;
-  DecodeChunk chunks[split_chunks + 2];
+  DecodeChunk chunks[split_chunks + 1];
   for (int64_t first = split.first_chunk, count; first < split.last_chunk; first += count) {
     int64_t left = split.last_chunk - first, known = 0;
     count = Workspace::run(p) < left ? Workspace::run(p) : left;
-    for (; known < left && known < count + 2; ++known) {
+    for (; known < left && known <= count; ++known) {
       decode_chunk(p, split.batch, split.head, first + known, &chunks[known]);
     }
     for (int64_t i = 0; i < count; ++i) {
       w.x = scores + i * size;
-      kernels.scores(&chunks[i], known - i - 1);
+      kernels.scores(chunks[i], i + 1 < known ? &chunks[i + 1] : nullptr);
     }
     for (int32_t r = 0; r < split.rows; ++r) {
       softmax_row(split, chunks, count, size, r, scores + int64_t(r) * chunk_tokens);
     }
     for (int64_t i = 0; i < count; ++i) {
       w.x = scores + i * size;
-      w.next_x = i + 1 < count ? w.x + size : nullptr;
-      kernels.values(&chunks[i], known - i - 1);
+      kernels.values(chunks[i], i + 1 < known ? &chunks[i + 1] : nullptr);
     }
   }
 }
@@ -282,11 +279,11 @@ struct FloatKernels {
   const DecodeSplit& split;
   const Workspace& w;
   FloatKernels(const DecodeSplit& split, const Workspace& w) : split(split), w(w) {}
-  void scores(const DecodeChunk* chunk, int64_t) const {
-    chunk->quantized ? quantized_scores(split, *chunk, w) : plain_scores(split, *chunk, w);
+  void scores(const DecodeChunk& chunk, const DecodeChunk*) const {
+    chunk.quantized ? quantized_scores(split, chunk, w) : plain_scores(split, chunk, w);
   }
-  void values(const DecodeChunk* chunk, int64_t) const {
-    chunk->quantized ? quantized_values(split, *chunk, w) : plain_values(split, *chunk, w);
+  void values(const DecodeChunk& chunk, const DecodeChunk*) const {
+    chunk.quantized ? quantized_values(split, chunk, w) : plain_values(split, chunk, w);
   }
 };
 

@@ -105,8 +105,8 @@ SPARSEKIT_INLINE __m512i load_codes(const uint8_t* p) {
   return codes;
 }
 
-/// Adds channels first to last (multiples of 16; of 32 for 3 bits) of a block, and asks for the same place of a later one,
-/// a line for each line that it reads.
+/// Adds channels first to last (multiples of 16; of 32 for 3 bits) of a block, and asks for the same place of a later
+/// one, a line for each line that it reads.
 template <int bits, int rows>
 SPARSEKIT_INLINE void add_channels(KeySums<rows>& s, const uint8_t* block, const uint8_t* ahead, int32_t dim,
                                    int32_t first, int32_t last, const Factors* f) {
@@ -130,8 +130,8 @@ SPARSEKIT_INLINE void add_channels(KeySums<rows>& s, const uint8_t* block, const
     }
     return;
   }
-  // Two steps of 8 bits at once: which chain a product joins must not depend on d, or the sums live in memory (int8 took
-  // twice as long).
+  // Two steps of 8 bits at once: which chain a product joins must not depend on d, or the sums live in memory (int8
+  // took twice as long).
   constexpr int fields = 8 / bits, steps = fields == 1 ? 2 : 1;
   for (int32_t d = first; d < last; d += 4 * fields * steps) {
 #pragma GCC unroll 2
@@ -241,37 +241,26 @@ void key_block(const KvPacking& p, const DecodeChunk& chunk, int32_t block, cons
 
 /// What the products keep beside Workspace: factors of keys, factors of weights, and rows of the query in bf16.
 struct VnniScratch {
-  static int64_t key_floats(const DecodeAttention& p) { return 2 * 2 * row_batch * (p.head_dim / 4 + 16); }
+  static int64_t key_floats(const DecodeAttention& p) { return 2 * row_batch * (p.head_dim / 4 + 16); }
   static int64_t floats(const DecodeAttention& p) {
-    return key_floats(p) + 2 * 2 * 16 * chunk_tokens / 4 + Workspace::rows(p) * (p.head_dim / 2 + 16);
+    return key_floats(p) + 2 * 16 * chunk_tokens / 4 + Workspace::rows(p) * (p.head_dim / 2 + 16);
   }
 };
 
-/// Factors that stay from chunk to chunk. Of one row and keys per channel: of each group of the chunk at hand and of the
-/// next one, which are folded before this one's products, so that products do not wait for them. Else of row_batch rows;
-/// `split`: they are the query's own (keys per token).
+/// Factors of one row and each group of a chunk (keys per channel), or of row_batch rows. `split`: they are the query's
+/// own (keys per token) and stay from chunk to chunk.
 struct KeyState {
   static_assert(row_batch >= chunk_blocks, "a group is a block at least");
-  KeyFactors factors[2][row_batch];
-  int32_t now = 0;
-  const uint16_t* folded = nullptr;  // scales of the chunk that factors[now] is of
+  KeyFactors factors[row_batch];
   bool split = false;
 
   KeyState(const KvPacking& p, int8_t* bytes) {
-    for (auto& half : factors) {
-      for (KeyFactors& k : half) {
-        k.f = {bytes, bytes + p.dim};
-        bytes += 2 * p.dim;
-      }
+    for (KeyFactors& k : factors) {
+      k.f = {bytes, bytes + p.dim};
+      bytes += 2 * p.dim;
     }
   }
 };
-
-void fold_chunk(const KvPacking& p, const DecodeChunk& chunk, const float* query, KeyFactors* k) {
-  for (int32_t block = 0; block * kv_block < chunk.count; block += p.group_size / kv_block) {
-    fold_channel_scales(p, query, chunk.key_scales[block], chunk.key_minima[block], *k++);
-  }
-}
 
 /// Scales and minima of a block of the next chunk: a share of those of its group.
 void prefetch_key_scales(const KvPacking& p, const DecodeChunk* next, int32_t block) {
@@ -282,38 +271,37 @@ void prefetch_key_scales(const KvPacking& p, const DecodeChunk* next, int32_t bl
   if (next->key_minima[block]) prefetch_bytes(next->key_minima[block] + at, bytes);
 }
 
-/// next, after_next: the chunks behind this one where they are quantized, too.
+/// next: the chunk behind this one where it is quantized, too.
 template <int bits>
-void vnni_scores(const DecodeSplit& split, const DecodeChunk& chunk, const DecodeChunk* next,
-                 const DecodeChunk* after_next, KeyState& state, const Workspace& w) {
+void vnni_scores(const DecodeSplit& split, const DecodeChunk& chunk, const DecodeChunk* next, KeyState& state,
+                 const Workspace& w) {
   const KvPacking& packing = split.problem->cache->key;
   int32_t group_blocks = packing.per_channel ? packing.group_size / kv_block : chunk_blocks;
   bool one = packing.per_channel && split.rows == 1;
-  KeyFactors* factors = state.factors[state.now];
-  if (one) {
-    if (state.folded != chunk.key_scales[0]) fold_chunk(packing, chunk, split.query, factors);
-    if (next) fold_chunk(packing, *next, split.query, state.factors[1 - state.now]);
-    state.folded = next ? next->key_scales[0] : nullptr;
-    state.now = 1 - state.now;
-  }
+  KeyFactors* factors = state.factors;
   for (int32_t first = 0; first < split.rows; first += row_batch) {
     int32_t rows = split.rows - first < row_batch ? split.rows - first : row_batch;
     const float* query = split.query + int64_t(first) * packing.dim;
+    auto fold = [&](int32_t block, int32_t r, KeyFactors& k) {
+      fold_channel_scales(packing, query + int64_t(r) * packing.dim, chunk.key_scales[block], chunk.key_minima[block],
+                          k);
+    };
     if (!packing.per_channel && !state.split) {
       for (int32_t r = 0; r < rows; ++r) split_query(packing, query + int64_t(r) * packing.dim, factors[r]);
-      if (split.rows <= row_batch) state.split = true;
+      state.split = split.rows <= row_batch;
+    }
+    // One row: the groups of the chunk one after the other, as a processor folds two at the same time.
+    for (int32_t block = 0; one && block * kv_block < chunk.count; block += group_blocks) {
+      fold(block, 0, factors[block / group_blocks]);
     }
     for (int32_t block = 0; block * kv_block < chunk.count; ++block) {
       if (packing.per_channel && !one && block % group_blocks == 0) {
-        for (int32_t r = 0; r < rows; ++r) {
-          fold_channel_scales(packing, query + int64_t(r) * packing.dim, chunk.key_scales[block],
-                              chunk.key_minima[block], factors[r]);
-        }
+        for (int32_t r = 0; r < rows; ++r) fold(block, r, factors[r]);
       }
       const uint8_t* ahead = nullptr;
       if (first == 0) {
         ahead = block_ahead(chunk.key_codes, next ? next->key_codes : nullptr, block, bits);
-        prefetch_key_scales(packing, one ? after_next : next, block);
+        prefetch_key_scales(packing, next, block);
       }
       const KeyFactors* k = one ? factors + block / group_blocks : factors;
       float* x = w.x + int64_t(first) * chunk_tokens;
@@ -405,45 +393,24 @@ void value_columns(const KvPacking& p, const DecodeChunk& chunk, const uint8_t* 
   }
 }
 
-/// Factors of the chunk at hand and, of one row, of the next one, as in KeyState.
-struct ValueState {
-  ValueFactors factors[2][16];  // 512 channels in groups of 32
-  int32_t now = 0;
-  const float* folded = nullptr;  // weights of the chunk that factors[now] is of
-
-  explicit ValueState(int8_t* bytes) {
-    for (auto& half : factors) {
-      for (ValueFactors& k : half) {
-        k.f = {bytes, bytes + chunk_tokens};
-        bytes += 2 * chunk_tokens;
-      }
-    }
-  }
-};
-
 template <int bits>
-void vnni_values(const DecodeSplit& split, const DecodeChunk& chunk, const DecodeChunk* next,
-                 const DecodeChunk* after_next, ValueState& state, const Workspace& w) {
+void vnni_values(const DecodeSplit& split, const DecodeChunk& chunk, const DecodeChunk* next, const Workspace& w) {
   const KvPacking& packing = split.problem->cache->value;
+  auto* bytes = reinterpret_cast<int8_t*>(w.more + VnniScratch::key_floats(*split.problem));
+  ValueFactors k[16];  // 512 channels in groups of 32
   int32_t groups = packing.groups_per_token();
-  const DecodeChunk* soon = split.rows == 1 ? after_next : next;
-  for (int32_t block = 0; soon && block * kv_block < soon->count; ++block) {
-    prefetch_bytes(soon->value_scales[block], groups * 64);
-    if (!packing.symmetric) prefetch_bytes(soon->value_minima[block], groups * 64);
+  for (int32_t g = 0; g < groups; ++g) {
+    k[g].f = {bytes, bytes + chunk_tokens};
+    bytes += 2 * chunk_tokens;
+  }
+  for (int32_t block = 0; next && block * kv_block < next->count; ++block) {
+    prefetch_bytes(next->value_scales[block], groups * 64);
+    if (!packing.symmetric) prefetch_bytes(next->value_minima[block], groups * 64);
   }
   for (int32_t r = 0; r < split.rows; ++r) {
     const float* x = w.x + int64_t(r) * chunk_tokens;
     float* acc = split.acc + int64_t(r) * packing.dim;
-    ValueFactors* k = state.factors[state.now];
-    for (int32_t g = 0; g < groups && state.folded != x; ++g) fold_value_scales(packing, chunk, x, g, k[g]);
-    state.folded = nullptr;
-    if (split.rows == 1 && next && w.next_x) {
-      state.now = 1 - state.now;
-      state.folded = w.next_x;
-      for (int32_t g = 0; g < groups; ++g) {
-        fold_value_scales(packing, *next, w.next_x, g, state.factors[state.now][g]);
-      }
-    }
+    for (int32_t g = 0; g < groups; ++g) fold_value_scales(packing, chunk, x, g, k[g]);
     const uint8_t* const* after = next ? next->value_codes : nullptr;
     int32_t d = 0, group = packing.group_size;
     for (; d + 128 <= packing.dim; d += 128) {
