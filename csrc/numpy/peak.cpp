@@ -7,8 +7,6 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <cstring>
-#include <memory>
 #include <thread>
 #include <vector>
 
@@ -16,34 +14,6 @@
 
 namespace sparsekit {
 namespace {
-
-struct Bytes16 {
-  typedef uint64_t Vector __attribute__((vector_size(16)));
-};
-struct Bytes32 {
-  typedef uint64_t Vector __attribute__((vector_size(32)));
-};
-struct Bytes64 {
-  typedef uint64_t Vector __attribute__((vector_size(64)));
-};
-
-/// The sum of a buffer (a multiple of 256 bytes), in four chains of vectors.
-template <class Width>
-__attribute__((always_inline)) inline uint64_t read(const char* p, int64_t bytes) {
-  typename Width::Vector sum[4] = {};
-  for (const char* end = p + bytes; p < end; p += sizeof sum) {
-    for (int i = 0; i < 4; ++i) {
-      typename Width::Vector a;
-      std::memcpy(&a, p + i * sizeof a, sizeof a);
-      sum[i] += a;
-    }
-  }
-  uint64_t total = 0, parts[sizeof sum / 8];
-  std::memcpy(parts, sum, sizeof sum);
-  for (uint64_t part : parts) total += part;
-  return total;
-}
-uint64_t read_baseline(const char* p, int64_t bytes) { return read<Bytes16>(p, bytes); }
 
 #ifdef __x86_64__
 
@@ -114,15 +84,6 @@ std::vector<Loop> widest(DType dtype) {
   return loops;
 }
 
-__attribute__((target("avx512f"))) uint64_t read_avx512(const char* p, int64_t bytes) {
-  return read<Bytes64>(p, bytes);
-}
-__attribute__((target("avx2"))) uint64_t read_avx2(const char* p, int64_t bytes) { return read<Bytes32>(p, bytes); }
-
-uint64_t (*widest_read())(const char* p, int64_t bytes) {
-  return __builtin_cpu_supports("avx512f") ? read_avx512 : __builtin_cpu_supports("avx2") ? read_avx2 : read_baseline;
-}
-
 #else
 
 struct Loop {
@@ -130,7 +91,6 @@ struct Loop {
   double flop_per_round;
 };
 std::vector<Loop> widest(DType) { return {}; }
-uint64_t (*widest_read())(const char* p, int64_t bytes) { return read_baseline; }
 
 #endif
 
@@ -178,20 +138,6 @@ double multiply_add_peak(DType dtype, int threads) {
     best = std::max(best, count * double(rounds) * loop.flop_per_round / seconds);
   }
   return best;
-}
-
-double read_bandwidth(int64_t bytes, int threads) {
-  const int count = std::max(threads, 1);
-  const int64_t part = std::max<int64_t>(bytes / count / 256, 1) * 256;
-  std::unique_ptr<char[]> buffer(new char[size_t(part * count)]);
-  std::memset(buffer.get(), 1, size_t(part * count));
-  std::vector<uint64_t> sums(size_t(count) * 8);  // a cache line each
-  auto body = [&](int t) { sums[size_t(t) * 8] = widest_read()(buffer.get() + t * part, part); };
-  const double seconds = best_seconds(count, 12, body);
-  for (int t = 0; t < count; ++t) {
-    if (sums[size_t(t) * 8] != uint64_t(part / 8) * 0x0101010101010101u) return 0;
-  }
-  return double(part * count) / seconds;
 }
 
 }  // namespace sparsekit

@@ -28,13 +28,6 @@ def multiply_add_peak(dtype: torch.dtype) -> float | None:
     return _numpy.multiply_add_peak(str(dtype).removeprefix("torch."), torch.get_num_threads()) or None
 
 
-def read_bandwidth() -> float:
-    """Bytes/s that torch's number of threads read of main memory, measured now."""
-    from .. import _numpy
-
-    return _numpy.read_bandwidth(256 << 20, torch.get_num_threads())
-
-
 def about_this_run(device: str) -> dict:
     """What a table of results must say: the command, the machine, the versions."""
     return {
