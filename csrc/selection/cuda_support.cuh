@@ -31,6 +31,12 @@ __device__ __forceinline__ float widened(float x) { return x; }
 __device__ __forceinline__ float widened(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
 
+/// Row `row` of a head.
+template <class Element>
+__device__ __forceinline__ const Element* rows_of(const InputView& view, int64_t b, int64_t h, int64_t row) {
+  return static_cast<const Element*>(view.data) + b * view.batch + h * view.head + row * view.row;
+}
+
 // ---- a warp
 
 /// Sums of at most 52 bits: two reductions of 32 bits, each of 26 bits of every lane.
