@@ -9,7 +9,7 @@ __global__ void list_spans(Spans spans) {
   int64_t rows = 0, blocks = 0;
   for (int first = 0; first < spans.sequences; first += kWarp) {
     const int s = first + lane_of();
-    Span span = {0, 0, 0, 0, 0, 0};
+    Span span = {0, 0, 0, 0, 0, 0, s};
     if (s < spans.sequences) {
       span.q_begin = int(clamped(spans.cu_q[s], 0, spans.len_q));
       span.q_end = int(clamped(spans.cu_q[s + 1], span.q_begin, spans.len_q));

@@ -115,6 +115,7 @@ __device__ __forceinline__ T cta_scan(T x, CtaScratch& scratch, T* total) {
 struct Span {
   int q_begin, q_end, k_begin, k_end;
   int list_row, k_block;  // its first block of queries among all, of keys among all
+  int index;
 
   __device__ __forceinline__ int len_q() const { return q_end - q_begin; }
   __device__ __forceinline__ int len_k() const { return k_end - k_begin; }
@@ -128,7 +129,7 @@ struct Spans {
   const int32_t *cu_q = nullptr, *cu_k = nullptr;
   int sequences = 1, len_q = 0, len_k = 0, block_q = 1, block_k = 1;
 
-  __device__ __forceinline__ Span whole() const { return {0, len_q, 0, len_k, 0, 0}; }
+  __device__ __forceinline__ Span whole() const { return {0, len_q, 0, len_k, 0, 0, 0}; }
 };
 
 /// Bytes of workspace for the table.
