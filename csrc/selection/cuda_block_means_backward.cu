@@ -20,7 +20,7 @@ __device__ __forceinline__ void put(__half* to, float x) { *to = __float2half_rn
 __device__ __forceinline__ void put(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
 
 template <class Element>
-__device__ __forceinline__ Element* rows_of(const OutputView& view, int64_t b, int64_t h, int64_t row) {
+__device__ __forceinline__ Element* grads_of(const OutputView& view, int64_t b, int64_t h, int64_t row) {
   return static_cast<Element*>(view.data) + b * view.batch + h * view.head + row * view.row;
 }
 
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) grad_of_queries(BlockScoresBackward 
   const int rows = int(min(int64_t(p.lists.block_q), span.len_q() - first_row));
   const int64_t position = first_row + span.len_k() - span.len_q();  // of the first row
   const Element* key = rows_of<Element>(p.key, b, kv_head, span.k_begin);
-  Element* out = rows_of<Element>(p.grad_query, b, h, span.q_begin + first_row);
+  Element* out = grads_of<Element>(p.grad_query, b, h, span.q_begin + first_row);
   const int64_t k_row = (int64_t(b) * p.heads_kv + kv_head) * means.k_blocks + span.k_block;
   const int known = int(clamped(means.k_blocks - span.k_block, 0, bounds.whole));  // cu_seqlens may hold anything
   for (int d = int(threadIdx.x); d < dim; d += kThreads) {
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) grad_of_keys(BlockScoresBackward p, 
     seen = int(min(int64_t(whole), some / block_q));
   }
   const int64_t cut_begin = int64_t(seen) * block_q, cut_end = min(int64_t(whole) * block_q, int64_t(span.len_q()));
-  Element* out = rows_of<Element>(p.grad_key, b, kv_head, span.k_begin + first_key);
+  Element* out = grads_of<Element>(p.grad_key, b, kv_head, span.k_begin + first_key);
   for (int d = int(threadIdx.x); d < dim; d += kThreads) {
     float sum = 0.f;
     for (int h = kv_head * heads_each; h < (kv_head + 1) * heads_each; ++h) {
