@@ -14,7 +14,9 @@ from sparsekit import BlockPattern, selection
 OPS = torch.ops.sparsekit
 
 
-@pytest.fixture(params=[pytest.param(d, marks=[pytest.mark.cuda] * (d == "cuda")) for d in twins.DEVICES])
+@pytest.fixture(
+    params=[pytest.param(d, marks=[pytest.mark.cuda] * (d == "cuda")) for d in twins.DEVICES], scope="session"
+)
 def device(request) -> str:
     if not torch._C._dispatch_has_kernel_for_dispatch_key("sparsekit::union_block_lists", request.param.upper()):
         pytest.skip(f"union_block_lists has no {request.param} kernel")
@@ -55,10 +57,11 @@ def vertical_slash(vertical, slash, block, lengths, capacity):
     capacity=st.one_of(st.none(), st.integers(0, 6)),
     number=st.integers(0, 2**31),
 )
-def test_vertical_slash(lengths, block, lines, capacity, number):
+def test_vertical_slash(device, lengths, block, lines, capacity, number):
     torch.manual_seed(number)
     vertical, slash = (ints(2, 2, n, high=lengths[1]) for n in lines)
-    got = selection.vertical_slash_lists(vertical, slash, block, lengths, capacity=capacity)
+    got = selection.vertical_slash_lists(vertical.to(device), slash.to(device), block, lengths, capacity=capacity)
+    got = selection.VerticalSlashLists(*(x.cpu() for x in got))
     width = got.indices.shape[-1]
     assert width == capacity or capacity is None
     for b in range(2):
@@ -95,12 +98,13 @@ def test_lines_chosen_from_columns_and_diagonals(device):
     capacity=st.one_of(st.none(), st.integers(0, 7)),
     number=st.integers(0, 2**31),
 )
-def test_union(sizes, key_blocks, capacity, number):
+def test_union(device, sizes, key_blocks, capacity, number):
     torch.manual_seed(number)
     batch, heads, group, rows, width = sizes
     indices = ints(batch, heads * group, rows, width, high=key_blocks)
     counts = ints(batch, heads * group, rows, low=0, high=width + 1)
-    got = selection.union_block_lists(indices, counts, heads, key_blocks=key_blocks, capacity=capacity)
+    lists = indices.to(device), counts.to(device)
+    got = [x.cpu() for x in selection.union_block_lists(*lists, heads, key_blocks=key_blocks, capacity=capacity)]
     for b in range(batch):
         for h in range(heads):
             lists = []

@@ -128,12 +128,12 @@ void run(const BlockScoresBackward& p, const BlockMeans& means, cudaStream_t str
 
 }  // namespace
 
-size_t block_scores_backward_workspace(const BlockScoresBackward& p, const CudaContext&) { return block_means_bytes(p); }
+size_t block_scores_backward_workspace(const BlockScoresBackward& p, const CudaContext&) {
+  return p.reduce == BlockReduce::mean ? block_means_bytes(p) : blocks_backward_workspace(p);
+}
 
 Status score_blocks_backward(const BlockScoresBackward& p, const CudaContext& context) {
-  if (p.reduce != BlockReduce::mean) {
-    return error(Status::Kind::unsupported, "block_scores_backward: reduce is max or antidiagonal; supported on CUDA: mean");
-  }
+  if (p.reduce != BlockReduce::mean) return blocks_backward(p, context);
   const auto stream = static_cast<cudaStream_t>(context.stream);
   BlockMeans means = block_means_of(p, context.workspace);
   BlockScoresBackward call = p;

@@ -15,137 +15,13 @@
 #include <algorithm>
 #include <climits>
 
-#include "selection/cuda_block_means.cuh"
+#include "selection/cuda_block_folds.cuh"
 #include "selection/cuda_kernels.h"
-#include "selection/cuda_score_tiles.cuh"
 
 namespace sparsekit::cuda {
 namespace {
 
 enum class Kind { max, map, antidiagonal };
-
-struct BlockFold {
-  AttentionProblem p;
-  Spans blocks, groups;  // in blocks; groups.block_q is that of blocks_each blocks
-  int64_t q_blocks = 0, key_blocks = 0, width = 0;  // width: of a row of the result
-  int stride = 1, blocks_each = 1;
-  bool maximum = false, listed = false, vectors = false;
-  const float* lse = nullptr;  // map: [batch, heads_q, len_q]; antidiagonal: [batch, heads_q, q_blocks * rows of a block]
-  float* out = nullptr;
-
-  __host__ __device__ int rows_per_block() const { return p.lists.block_q / stride; }
-  __host__ __device__ int keys_per_block() const { return p.lists.block_k / stride; }
-};
-
-using Shape = ScoreTile<float>;
-constexpr int kRows = Shape::kRows, kKeys = Shape::kKeys, kThreads = Shape::kThreads;
-constexpr int kPitch = kKeys + 5;  // floats of a row of scores in shared memory: odd, so that columns meet no bank twice
-
-/// What a CTA works on.
-struct Place {
-  int head, b, h, kv_head;
-  Span span;
-  int64_t row0;  // list row of the first block
-  int m0, count;  // blocks of the sequence
-
-  /// False where there is nothing.
-  __device__ __forceinline__ bool find(const BlockFold& f, int group, int at_head) {
-    head = at_head;
-    b = head / int(f.p.heads_q);
-    h = head % int(f.p.heads_q);
-    kv_head = h / int(f.p.heads_q / f.p.heads_kv);
-    int inside;
-    if (!find_span(f.groups, false, group, &span, &inside)) return false;
-    if (f.blocks.table) span = f.blocks.table[span.index];
-    m0 = inside * f.blocks_each;
-    row0 = int64_t(span.list_row) + m0;
-    const int blocks = ceil_div(span.len_q(), f.p.lists.block_q);
-    count = int(min(int64_t(min(f.blocks_each, blocks - m0)), f.q_blocks - row0));
-    return count > 0;
-  }
-  /// Position of row i of the sequence.
-  __device__ __forceinline__ int64_t position(int64_t i) const { return i + span.len_k() - span.len_q(); }
-};
-
-/// Tiles of stride x stride: row of tiles `first` (its first row in the sequence) against column `key` (its first key).
-struct TileRow {
-  int rows;       // that exist
-  int64_t last;   // position of the last, where the antidiagonal begins
-
-  __device__ __forceinline__ TileRow(const Place& at, int64_t first, int stride) {
-    rows = int(clamped(at.span.len_q() - first, 0, stride));
-    last = at.position(first + rows - 1);
-  }
-  /// Pairs of the antidiagonal that exist.
-  __device__ __forceinline__ int pairs(const Place& at, int64_t key, int stride) const {
-    return int(min(int64_t(rows), clamped(at.span.len_k() - key, 0, stride)));
-  }
-  /// Of those the first so many see each other.
-  __device__ __forceinline__ int seen(bool causal, int pairs, int64_t key) const {
-    if (!causal) return pairs;
-    return key > last ? 0 : int(min(int64_t(pairs), (last - key) / 2 + 1));
-  }
-};
-
-/// The means of the antidiagonals of 64 rows of tiles (from row `row0` of the sequence on) and 128 columns (from key
-/// `key0` on, before `key_end`) into shared memory, -inf where nothing is seen.
-template <class Element>
-__device__ void antidiagonal_tile(const BlockFold& f, const Place& at, int64_t row0, int64_t row_end, int64_t key0,
-                                  int64_t key_end, ScoreTile<Element>& tile, unsigned char* memory) {
-  const AttentionProblem& p = f.p;
-  const int stride = f.stride;
-  auto* scores = reinterpret_cast<float*>(memory);
-  const Element* query = rows_of<Element>(p.query, at.b, at.h, at.span.q_begin);
-  const Element* key = rows_of<Element>(p.key, at.b, at.kv_head, at.span.k_begin);
-  tile.multiply(
-      stride, p.head_dim, f.vectors,
-      [&](int r, int t) -> const Element* {
-        const int64_t first = row0 + int64_t(r) * stride;
-        const int64_t i = min(first + stride, int64_t(at.span.len_q())) - 1 - t;
-        return first < row_end && i >= first ? query + i * p.query.row : nullptr;
-      },
-      [&](int n, int t) -> const Element* {
-        const int64_t first = key0 + int64_t(n) * stride, j = first + t;
-        return first < key_end && j < at.span.len_k() ? key + j * p.key.row : nullptr;
-      },
-      memory);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int r = tile.row_of(i);
-    const TileRow row(at, min(row0 + int64_t(r) * stride, row_end), stride);
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j) {
-      const int n = tile.key_of(j, i);
-      const int64_t first = key0 + int64_t(n) * stride;
-      const int pairs = first < key_end ? row.pairs(at, first, stride) : 0;
-      const bool sees = row.seen(p.causal, pairs, first) > 0;
-      scores[r * kPitch + n] = sees ? tile.c[j][i] * p.scale / float(pairs) : -kInfinity;
-    }
-  }
-  __syncthreads();
-  if (!p.causal) return;
-  // Tiles that causality cuts: at most two per row.
-  for (int r = warp_of(); r < kRows && row0 + int64_t(r) * stride < row_end; r += kThreads / kWarp) {
-    const int64_t first = row0 + int64_t(r) * stride;
-    const TileRow row(at, first, stride);
-    if (row.rows == 0 || row.last < 0) continue;
-    for (int64_t column = max(row.last / stride - 1, int64_t(0)); column <= row.last / stride; ++column) {
-      const int64_t begin = column * stride;
-      if (begin < key0 || begin >= key_end || begin >= key0 + int64_t(kKeys) * stride) continue;
-      const int pairs = row.pairs(at, begin, stride), seen = row.seen(true, pairs, begin);
-      if (seen == 0 || seen == pairs) continue;
-      float sum = 0.f;
-      for (int t = 0; t < seen; ++t) {
-        const Element* q = query + (first + row.rows - 1 - t) * p.query.row;
-        const Element* k = key + (begin + t) * p.key.row;
-        for (int d = lane_of(); d < p.head_dim; d += kWarp) sum = fmaf(widened(q[d]), widened(k[d]), sum);
-      }
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kLanes, sum, step);
-      if (lane_of() == 0) scores[r * kPitch + int((begin - key0) / stride)] = sum * p.scale / float(seen);
-    }
-  }
-  __syncthreads();
-}
 
 /// grid (groups, heads): lse of every row of tiles over all keys.
 template <class Element>
@@ -251,7 +127,7 @@ __global__ void __launch_bounds__(kThreads) fold_blocks(BlockFold f) {
     const int wide = int(f.listed ? 1 : min(int64_t(blocks_wide), f.key_blocks - n0));
     if (!f.listed && (key0 >= len_k || (p.causal && !p.query_positions && !p.key_positions && key0 > last))) {
       for (int pair = tid; pair < at.count * wide; pair += kThreads) {
-        store(pair / wide, n0 + pair % wide, KIND == Kind::map ? 0.f : -kInfinity);
+        store(pair / wide, n0 + pair % wide, KIND == Kind::map || f.sums ? 0.f : -kInfinity);
       }
       continue;
     }
@@ -358,7 +234,9 @@ __global__ void __launch_bounds__(kThreads) fold_blocks(BlockFold f) {
         if constexpr (KIND == Kind::antidiagonal) {
           const int64_t first = begin + int64_t(q) * lists.block_q, stop = min(first + lists.block_q, end);
           const int64_t block = key0 + int64_t(n) * lists.block_k;
-          if (block >= len_k || (p.causal && block > at.position(stop - 1))) {
+          if (f.sums) {
+            // for the gradient: as they are
+          } else if (block >= len_k || (p.causal && block > at.position(stop - 1))) {
             x = -kInfinity;
           } else {
             int seeing = 0;
@@ -375,10 +253,6 @@ __global__ void __launch_bounds__(kThreads) fold_blocks(BlockFold f) {
   }
 }
 
-constexpr size_t kFoldBytes = size_t(kRows) * kPitch * sizeof(float) > size_t(Shape::kBytes)
-                                  ? size_t(kRows) * kPitch * sizeof(float)
-                                  : size_t(Shape::kBytes);
-
 template <class Element>
 void run_fold(const BlockFold& f, Kind kind, float* lse, int multiprocessors, cudaStream_t stream) {
   const auto groups = unsigned(tiles_of(f.p.len_q, f.groups.block_q, f.p)), heads = unsigned(f.p.batch * f.p.heads_q);
@@ -394,29 +268,30 @@ void run_fold(const BlockFold& f, Kind kind, float* lse, int multiprocessors, cu
   launch(kernel, grid, kThreads, kFoldBytes, stream, f);
 }
 
-/// Sizes, sequences and the kernel of the dtype.
-void run(BlockFold f, Kind kind, void* workspace, float* lse, int multiprocessors, cudaStream_t stream) {
-  const AttentionProblem& p = f.p;
-  f.blocks_each = f.listed ? 1 : std::max(1, kRows / f.rows_per_block());
-  f.vectors = in_vectors(p.query, p) && in_vectors(p.key, p);
-  auto* memory = static_cast<char*>(workspace);
-  f.blocks = spans_of(p, p.lists.block_q, p.lists.block_k, memory);
-  const int64_t group = std::min<int64_t>(int64_t(f.blocks_each) * p.lists.block_q, INT32_MAX);
-  f.groups = spans_of(p, int(group), p.lists.block_k, memory + spans_bytes(p));
-  list_spans_of(f.blocks, stream);
-  list_spans_of(f.groups, stream);
-  const int64_t count = p.batch * p.heads_q * f.q_blocks * f.width;
-  if (count == 0) return;
-  if (p.packed() || f.listed) fill(f.out, count, kind == Kind::map ? 0.f : -kInfinity, stream);
-  if (p.len_q == 0) return;
-  switch (p.dtype) {
+/// The kernel of the dtype; places are set.
+void run_dtype(const BlockFold& f, Kind kind, float* lse, int multiprocessors, cudaStream_t stream) {
+  switch (f.p.dtype) {
     case DType::f16: return run_fold<__half>(f, kind, lse, multiprocessors, stream);
     case DType::bf16: return run_fold<__nv_bfloat16>(f, kind, lse, multiprocessors, stream);
     default: return run_fold<float>(f, kind, lse, multiprocessors, stream);
   }
 }
 
+void run(BlockFold f, Kind kind, void* workspace, float* lse, int multiprocessors, cudaStream_t stream) {
+  set_places(&f, workspace, stream);
+  const int64_t count = f.p.batch * f.p.heads_q * f.q_blocks * f.width;
+  if (count == 0) return;
+  if (f.p.packed() || f.listed) fill(f.out, count, kind == Kind::map ? 0.f : -kInfinity, stream);
+  if (f.p.len_q > 0) run_dtype(f, kind, lse, multiprocessors, stream);
+}
+
 }  // namespace
+
+void find_tile_sums(const BlockFold& f, float* lse, int multiprocessors, cudaStream_t stream) {
+  BlockFold sums = f;
+  sums.sums = true;
+  run_dtype(sums, Kind::antidiagonal, lse, multiprocessors, stream);
+}
 
 size_t block_scores_workspace(const BlockScores& s, const CudaContext&) {
   size_t bytes = 2 * spans_bytes(s);

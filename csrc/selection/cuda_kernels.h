@@ -22,6 +22,8 @@ size_t row_scores_workspace(const RowScores& arguments, const CudaContext& conte
 Status pool_attention(const AttentionBlockMap& arguments, const CudaContext& context);
 size_t block_map_workspace(const AttentionBlockMap& arguments, const CudaContext& context);
 
+Status blocks_backward(const BlockScoresBackward& arguments, const CudaContext& context);  // by max, antidiagonal
+size_t blocks_backward_workspace(const BlockScoresBackward& arguments);
 Status score_block_means(const BlockScores& arguments, const CudaContext& context);
 
 size_t choice_workspace(const Choice& arguments);
