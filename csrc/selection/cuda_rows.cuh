@@ -11,6 +11,8 @@ struct RowFold {
   bool vectors = false;
   unsigned long long* diagonals = nullptr;  // [batch, heads_q, len_k] in whole units of `unit`, or null
   float unit = 0;
+  const int* done = nullptr;  // [batch] or null: entries that need nothing any more
+  int tiles = 0;              // of keys
 };
 
 /// The value of a unit: a power of two of which `rows` shares of up to 1, and what rounding adds, make less than 2^62.

@@ -7,7 +7,7 @@
 // column_scores: first the lse of the probe rows, a CTA per 64 of them, which goes over the keys; then the same fold.
 // Shares go to their diagonals as whole numbers of 2^-shift, by atomics: sums do not depend on the order, and are exact.
 // Bound: tiles of scores (cuda_score_tiles.cuh), twice for column_scores.
-#include <cfloat>
+#include <algorithm>
 #include <cmath>
 
 #include "selection/cuda_kernels.h"
@@ -17,8 +17,9 @@
 namespace sparsekit::cuda {
 namespace {
 
+/// One tile of 128 keys, of the head of the CTA.
 template <class Element>
-__global__ void __launch_bounds__(ScoreTile<Element>::kThreads) fold_rows(RowFold call) {
+__device__ __forceinline__ void fold_tile(const RowFold& call, int key_tile) {
   using Tile = ScoreTile<Element>;
   extern __shared__ __align__(128) unsigned char dynamic_shared[];
   __shared__ int rows[Tile::kRows], highs[Tile::kRows];  // numbers of rows, -1: none; the last key that a row sees
@@ -28,7 +29,7 @@ __global__ void __launch_bounds__(ScoreTile<Element>::kThreads) fold_rows(RowFol
   const int kv_head = h / int(p.heads_q / p.heads_kv), tid = int(threadIdx.x);
   Span span;
   int block;
-  if (!find_span(call.spans, true, blockIdx.x, &span, &block)) return;
+  if (!find_span(call.spans, true, key_tile, &span, &block)) return;
   const int first = block * Tile::kKeys, keys = min(Tile::kKeys, span.len_k() - first);  // in the sequence
   const auto* query = rows_of<Element>(p.query, b, h, 0);
   const auto* key = rows_of<Element>(p.key, b, kv_head, span.k_begin + first);
@@ -107,14 +108,25 @@ __global__ void __launch_bounds__(ScoreTile<Element>::kThreads) fold_rows(RowFol
   }
 }
 
+/// grid (128 keys, heads), or fewer CTAs that take several tiles of keys each.
+template <class Element>
+__global__ void __launch_bounds__(ScoreTile<Element>::kThreads) fold_rows(RowFold call) {
+  if (call.done && call.done[blockIdx.y / unsigned(call.p.heads_q)]) return;
+  for (int tile = int(blockIdx.x); tile < call.tiles; tile += int(gridDim.x)) {
+    fold_tile<Element>(call, tile);
+    __syncthreads();
+  }
+}
+
 /// grid (64 rows, heads): lse[row] over the keys that the row sees, -inf where there is none.
 template <class Element>
 __global__ void __launch_bounds__(ScoreTile<Element>::kThreads) lse_of_rows(ColumnScores p, Spans spans, bool vectors,
-                                                                            float* lse) {
+                                                                            const int* done, float* lse) {
   using Tile = ScoreTile<Element>;
   extern __shared__ __align__(128) unsigned char dynamic_shared[];
   const int head = blockIdx.y, b = head / int(p.heads_q), h = head % int(p.heads_q);
   const int kv_head = h / int(p.heads_q / p.heads_kv);
+  if (done && done[b]) return;
   Span span;
   int block;
   if (!find_span(spans, false, blockIdx.x, &span, &block)) return;
@@ -173,22 +185,30 @@ __global__ void __launch_bounds__(ScoreTile<Element>::kThreads) lse_of_rows(Colu
   }
 }
 
-/// diagonals as fp32, of whole numbers of `unit`.
-__global__ void diagonals_to_float(const unsigned long long* from, float* to, int64_t count, float unit) {
+/// grid (any, batch): diagonals as fp32, of whole units; or, before the fold, none.
+__global__ void diagonals_to_float(RowFold call, float* to) {
+  if (call.done && call.done[blockIdx.y]) return;
+  const int64_t count = call.p.heads_q * call.p.len_k, first = int64_t(blockIdx.y) * count;
   for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += int64_t(gridDim.x) * blockDim.x) {
-    to[at] = share_of(from[at], unit);
+    if (to) {
+      to[first + at] = share_of(call.diagonals[first + at], call.unit);
+    } else {
+      call.diagonals[first + at] = 0;
+    }
   }
 }
 
 template <class Element>
 void fold(const RowFold& call, cudaStream_t stream) {
   const RowScores& p = call.p;
-  const int64_t tiles = tiles_of(p.len_k, ScoreTile<Element>::kKeys, p);
-  launch(fold_rows<Element>, dim3(unsigned(tiles), unsigned(p.batch * p.heads_q)), ScoreTile<Element>::kThreads,
+  // Where there may be nothing left to do, few CTAs: 32,768 that return at once take 15 us.
+  const auto ctas = unsigned(call.done ? std::min(call.tiles, 32) : call.tiles);
+  launch(fold_rows<Element>, dim3(ctas, unsigned(p.batch * p.heads_q)), ScoreTile<Element>::kThreads,
          ScoreTile<Element>::kBytes, stream, call);
 }
 
-void fold(const RowFold& call, cudaStream_t stream) {
+void fold(RowFold call, cudaStream_t stream) {
+  call.tiles = int(tiles_of(call.p.len_k, ScoreTile<float>::kKeys, call.p));
   if (call.p.packed()) {  // keys of no sequence
     cudaMemsetAsync(call.p.scores, 0, size_t(call.p.batch * call.p.heads_q * call.p.len_k) * sizeof(float), stream);
   }
@@ -200,10 +220,10 @@ void fold(const RowFold& call, cudaStream_t stream) {
 }
 
 template <class Element>
-void find_lse(const ColumnScores& p, const Spans& spans, bool vectors, float* lse, cudaStream_t stream) {
+void find_lse(const ColumnScores& p, const RowFold& call, float* lse, cudaStream_t stream) {
   const int64_t tiles = tiles_of(p.len_q, ScoreTile<Element>::kRows, p);
   launch(lse_of_rows<Element>, dim3(unsigned(tiles), unsigned(p.batch * p.heads_q)), ScoreTile<Element>::kThreads,
-         ScoreTile<Element>::kBytes, stream, p, spans, vectors, lse);
+         ScoreTile<Element>::kBytes, stream, p, call.spans, call.vectors, call.done, lse);
 }
 
 }  // namespace
@@ -221,9 +241,10 @@ Status score_rows(const RowScores& p, const CudaContext& context) {
   return launched("row_scores");
 }
 
-size_t column_scores_workspace(const ColumnScores& p, const CudaContext&) {
+size_t column_scores_workspace(const ColumnScores& p, const CudaContext& context) {
   const int64_t heads = p.batch * p.heads_q;
-  return spans_bytes(p) + padded_bytes(heads * p.len_k * 8) + padded_bytes(heads * p.len_q * 4);
+  return spans_bytes(p) + padded_bytes(heads * p.len_k * 8) + padded_bytes(heads * p.len_q * 4) +
+         (few_columns(p) ? few_columns_workspace(p, context) : 0);
 }
 
 Status score_columns(const ColumnScores& p, const CudaContext& context) {
@@ -239,18 +260,21 @@ Status score_columns(const ColumnScores& p, const CudaContext& context) {
   call.p.lse = lse;
   call.p.scores = p.columns;
   call.unit = share_unit(p.len_q);
+  if (few_columns(p)) {
+    call.done = score_few_columns(p, context, reinterpret_cast<char*>(lse) + padded_bytes(heads * p.len_q * 4));
+  }
   list_spans_of(call.spans, stream);
-  cudaMemsetAsync(call.diagonals, 0, size_t(count) * 8, stream);
+  const dim3 grid(unsigned(clamped(ceil_div<int64_t>(p.heads_q * p.len_k, 1024), 1, 1024)), unsigned(p.batch));
+  launch(diagonals_to_float, grid, 256, 0, stream, call, static_cast<float*>(nullptr));
   if (p.len_q > 0) {
     switch (p.dtype) {
-      case DType::f16: find_lse<__half>(p, call.spans, call.vectors, lse, stream); break;
-      case DType::bf16: find_lse<__nv_bfloat16>(p, call.spans, call.vectors, lse, stream); break;
-      default: find_lse<float>(p, call.spans, call.vectors, lse, stream);
+      case DType::f16: find_lse<__half>(p, call, lse, stream); break;
+      case DType::bf16: find_lse<__nv_bfloat16>(p, call, lse, stream); break;
+      default: find_lse<float>(p, call, lse, stream);
     }
   }
   fold(call, stream);
-  launch(diagonals_to_float, unsigned(clamped(ceil_div<int64_t>(count, 1024), 1, 4096)), 256, 0, stream,
-         static_cast<const unsigned long long*>(call.diagonals), static_cast<float*>(p.diagonals), count, call.unit);
+  launch(diagonals_to_float, grid, 256, 0, stream, call, static_cast<float*>(p.diagonals));
   return launched("column_scores");
 }
 
