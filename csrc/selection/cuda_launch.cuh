@@ -7,12 +7,12 @@
 
 namespace sparsekit::cuda {
 
-/// Launches on `stream`. More than 48 KB of dynamic shared memory must be granted to a kernel once; errors stay with
-/// the runtime until launched() fetches them.
+/// Launches on `stream`. More than 48 KB of shared memory, the kernel's own variables included (none here has 16 KB of
+/// them), must be granted to it first; errors stay with the runtime until launched() fetches them.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
             const Arguments&... arguments) {
-  if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (shared > 32 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   kernel<<<grid, threads, shared, stream>>>(arguments...);
 }
 
