@@ -483,6 +483,30 @@ def test_cache_grows_and_says_when_it_cannot():
     assert all(torch.equal(state[name], paged.state_dict()[name]) for name in state)
 
 
+def test_pages_grow_with_the_capacity():
+    """Pages are laid out anew where a cache grows; what it holds stays, and caches of other page sizes load it."""
+    options = {"bits": (4, 3), "group_size": 32, "window": 32, "sinks": 2}
+    whole, grown = new_cache(capacity=9000, **options), new_cache(**options)
+    key, value = tokens_of(whole, 3000)
+    whole.append(key, value)
+    sizes = []
+    for first, last in ((0, 700), (700, 2100), (2100, 3000)):
+        grown.append(key[:, :, first:last], value[:, :, first:last])
+        sizes.append(grown.page_size)
+    assert sizes == sorted(sizes) and sizes[0] == 128 and sizes[2] == grown.page_size > 128 and whole.page_size == 2048
+    assert 3000 <= grown.capacity <= 1.25 * 1.5 * 3000
+    for got, want in zip(grown.dequantize(), whole.dequantize(), strict=True):
+        assert torch.equal(got, want)
+    query = torch.randn(2, 4, 1, 64)
+    want = decode_attention(query, whole)
+    assert torch.equal(decode_attention(query, grown), want)
+    other = new_cache(**options)
+    other.load_state_dict(grown.state_dict())
+    assert other.page_size == grown.page_size and torch.equal(decode_attention(query, other), want)
+    with pytest.raises(ValueError, match="this cache has"):
+        new_cache(page_size=128, **options).load_state_dict(grown.state_dict())
+
+
 @pytest.mark.parametrize("table_heads", [1, 2])
 def test_paged_is_contiguous_with_pages_elsewhere(table_heads, isa):
     plain = new_cache(bits=4, group_size=32, sinks=3)

@@ -19,9 +19,13 @@ struct FastKernels {
   const DecodeSplit& split;
   const Workspace& w;
   bool bf16_keys = false, bf16_values_fit = false, key_codes = false, value_codes = false;
+  KeyState keys;
   uint16_t* query;  // bf16 [rows][head_dim, rounded up to 32]
 
-  FastKernels(const DecodeSplit& split, const Workspace& w) : split(split), w(w) {
+  FastKernels(const DecodeSplit& split, const Workspace& w)
+      : split(split),
+        w(w),
+        keys(split.problem->cache ? split.problem->cache->key : KvPacking(), reinterpret_cast<int8_t*>(w.more)) {
     const DecodeAttention& p = *split.problem;
     DType rows = p.plain ? p.plain->dtype : p.cache->dtype;
     bf16_keys = rows == DType::bf16 && p.dtype == DType::bf16;
@@ -39,34 +43,39 @@ struct FastKernels {
     }
   }
 
-  void scores(const DecodeChunk& chunk, const DecodeChunk& next) const {
+  /// The chunk after this one where it is of the same kind: its streams go on there.
+  static const DecodeChunk* after(const DecodeChunk& chunk, const DecodeChunk& next) {
+    return &next == &chunk || next.quantized != chunk.quantized ? nullptr : &next;
+  }
+
+  void scores(const DecodeChunk& chunk, const DecodeChunk& next) {
     if (!chunk.quantized) {
       if (!bf16_keys) return plain_scores(split, chunk, w);
       switch (split.problem->head_dim) {
-        case 64: return bf16_scores<2>(split, chunk, query, w);
-        case 128: return bf16_scores<4>(split, chunk, query, w);
-        default: return bf16_scores<0>(split, chunk, query, w);
+        case 64: return bf16_scores<2>(split, chunk, after(chunk, next), query, w);
+        case 128: return bf16_scores<4>(split, chunk, after(chunk, next), query, w);
+        default: return bf16_scores<0>(split, chunk, after(chunk, next), query, w);
       }
     }
     if (!key_codes) return quantized_scores(split, chunk, w);
     switch (split.problem->cache->key.bits) {
-      case 8: return vnni_scores<8>(split, chunk, next, w);
-      case 4: return vnni_scores<4>(split, chunk, next, w);
-      case 3: return vnni_scores<3>(split, chunk, next, w);
-      default: return vnni_scores<2>(split, chunk, next, w);
+      case 8: return vnni_scores<8>(split, chunk, after(chunk, next), keys, w);
+      case 4: return vnni_scores<4>(split, chunk, after(chunk, next), keys, w);
+      case 3: return vnni_scores<3>(split, chunk, after(chunk, next), keys, w);
+      default: return vnni_scores<2>(split, chunk, after(chunk, next), keys, w);
     }
   }
 
   void values(const DecodeChunk& chunk, const DecodeChunk& next) const {
     if (!chunk.quantized) {
-      return bf16_values_fit ? bf16_values(split, chunk, next, w) : plain_values(split, chunk, w);
+      return bf16_values_fit ? bf16_values(split, chunk, after(chunk, next), w) : plain_values(split, chunk, w);
     }
     if (!value_codes) return quantized_values(split, chunk, w);
     switch (split.problem->cache->value.bits) {
-      case 8: return vnni_values<8>(split, chunk, next, w);
-      case 4: return vnni_values<4>(split, chunk, next, w);
-      case 3: return vnni_values<3>(split, chunk, next, w);
-      default: return vnni_values<2>(split, chunk, next, w);
+      case 8: return vnni_values<8>(split, chunk, after(chunk, next), w);
+      case 4: return vnni_values<4>(split, chunk, after(chunk, next), w);
+      case 3: return vnni_values<3>(split, chunk, after(chunk, next), w);
+      default: return vnni_values<2>(split, chunk, after(chunk, next), w);
     }
   }
 };

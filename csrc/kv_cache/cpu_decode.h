@@ -51,7 +51,7 @@ void plain_scores(const DecodeSplit& split, const DecodeChunk& chunk, const Work
   DType dtype = p.plain ? p.plain->dtype : p.cache->dtype;
   for (int32_t t = 0; t < chunk.count; ++t) {
     for (int32_t d = 0; d < p.head_dim; d += Simd::lanes)
-      Simd::store(w.tile + d, load_any(chunk.key_rows[t], d, dtype));
+      Simd::store(w.tile + d, load_any(chunk.key[t], d, dtype));
     for (int32_t r = 0; r < split.rows; ++r) {
       const float* query = split.query + int64_t(r) * p.head_dim;
       Simd::Float even = Simd::zero(), odd = Simd::zero();
@@ -93,7 +93,7 @@ void plain_values(const DecodeSplit& split, const DecodeChunk& chunk, const Work
     int32_t count = chunk.count - first < kv_block ? chunk.count - first : kv_block;
     for (int32_t t = 0; t < count; ++t) {
       for (int32_t d = 0; d < p.value_dim; d += Simd::lanes) {
-        Simd::store(w.tile + int64_t(t) * p.value_dim + d, load_any(chunk.value_rows[first + t], d, dtype));
+        Simd::store(w.tile + int64_t(t) * p.value_dim + d, load_any(chunk.value[first + t], d, dtype));
       }
     }
     add_values(split, w.tile, w.x + first, count, p.value_dim);
@@ -179,7 +179,7 @@ SPARSEKIT_INLINE bool softmax_whole_row(const DecodeSplit& split, int32_t r, flo
     check = Simd::fma(s[i], Simd::zero(), check);
   }
   if (Simd::sum(check) != 0) return false;
-  float largest = largest_lane(most, split.largest[r]);
+  float found = Simd::largest(most), largest = found > split.largest[r] ? found : split.largest[r];
   if (largest != split.largest[r]) raise_maximum(split, r, largest);
   Simd::Float total = Simd::zero();
 #pragma GCC unroll 8

@@ -54,28 +54,54 @@ SPARSEKIT_INLINE void prefetch_bytes(const void* at, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(at) + i, _MM_HINT_T0);
 }
 
+/// Asks for the line at `offset` of two later blocks of the same stream: `far` some 4 KB ahead, and `near` half way, as a
+/// processor drops prefetches while all its miss registers are busy: 0.84 of the stream's rate where asking once, a chunk
+/// ahead, gave 0.76 (int8). Null: no such block.
+struct Ahead {
+  const uint8_t *far = nullptr, *near = nullptr;
+
+  SPARSEKIT_INLINE void ask(const Ahead& a, int64_t offset) {
+    if (a.far) _mm_prefetch(reinterpret_cast<const char*>(a.far) + offset, _MM_HINT_T0);
+    if (a.near) _mm_prefetch(reinterpret_cast<const char*>(a.near) + offset, _MM_HINT_T0);
+  }
+};
+
+/// Block `block` of a chunk or, past its end, of the next.
+SPARSEKIT_INLINE const uint8_t* block_at(const uint8_t* const* now, const uint8_t* const* next, int32_t block) {
+  return block < chunk_blocks ? now[block] : next ? next[block - chunk_blocks] : nullptr;
+}
+SPARSEKIT_INLINE Ahead ahead_of(const uint8_t* const* now, const uint8_t* const* next, int32_t block, int32_t bits) {
+  int32_t near = bits == 2 ? 2 : 1;
+  return {block_at(now, next, block + 2 * near), block_at(now, next, block + near)};
+}
+
 // ---- keys: lanes are tokens, a block is two vectors of 16
 
-template <int rows>
+template <int rows, int blocks>
 struct KeySums {
-  static constexpr int parities = rows == 1 ? 2 : 1;  // chains: 8 at least, for 4 cycles of latency on two ports
-  __m512i hi[rows][2][parities], lo[rows][2][parities];
+  static constexpr int vectors = 2 * blocks;
+  // Chains: 8 at least, for 4 cycles of latency on two ports.
+  static constexpr int parities = rows * vectors < 4 ? 2 : 1;
+  __m512i hi[rows][vectors][parities], lo[rows][vectors][parities];
 
   SPARSEKIT_INLINE void clear(KeySums& s) {
     for (int r = 0; r < rows; ++r) {
-      for (int v = 0; v < 2; ++v) {
+      for (int v = 0; v < vectors; ++v) {
         for (int k = 0; k < parities; ++k) s.hi[r][v][k] = s.lo[r][v][k] = _mm512_setzero_si512();
       }
     }
   }
-  SPARSEKIT_INLINE void add(KeySums& s, __m512i codes0, __m512i codes1, const Factors* f, int32_t channel, int parity) {
+  SPARSEKIT_INLINE void add(KeySums& s, const __m512i (&codes)[vectors], const Factors* f, int32_t channel,
+                            int parity) {
     int k = parity % parities;
+#pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
       __m512i hi = broadcast4(f[r].hi + channel), lo = broadcast4(f[r].lo + channel);
-      s.hi[r][0][k] = _mm512_dpbusd_epi32(s.hi[r][0][k], codes0, hi);
-      s.lo[r][0][k] = _mm512_dpbusd_epi32(s.lo[r][0][k], codes0, lo);
-      s.hi[r][1][k] = _mm512_dpbusd_epi32(s.hi[r][1][k], codes1, hi);
-      s.lo[r][1][k] = _mm512_dpbusd_epi32(s.lo[r][1][k], codes1, lo);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        s.hi[r][v][k] = _mm512_dpbusd_epi32(s.hi[r][v][k], codes[v], hi);
+        s.lo[r][v][k] = _mm512_dpbusd_epi32(s.lo[r][v][k], codes[v], lo);
+      }
     }
   }
   SPARSEKIT_INLINE __m512i total(const KeySums& s, int r, int v) {
@@ -85,41 +111,62 @@ struct KeySums {
   }
 };
 
-/// Adds channels first to last (multiples of 16; of 32 for 3 bits) of a block, and prefetches the same place of block
-/// `ahead`, a line for each line that it reads.
-template <int bits, int rows>
-SPARSEKIT_INLINE void add_channels(KeySums<rows>& s, const uint8_t* block, const uint8_t* ahead, int32_t dim,
-                                   int32_t first, int32_t last, const Factors* f) {
-  const auto* words = reinterpret_cast<const uint32_t*>(block);
+/// A line of codes, loaded once: as an operand of several instructions the compiler loads it for each, and there are as
+/// many loads and prefetches as two ports take.
+SPARSEKIT_INLINE __m512i load_codes(const uint8_t* p) {
+  __m512i codes = _mm512_loadu_si512(p);
+  asm("" : "+v"(codes));
+  return codes;
+}
+
+/// Adds channels first to last (multiples of 16; of 32 for 3 bits) of some blocks, and asks for the same place of later
+/// ones, a line for each line that it reads.
+template <int bits, int rows, int blocks>
+SPARSEKIT_INLINE void add_channels(KeySums<rows, blocks>& s, const uint8_t* const* block, const Ahead* ahead,
+                                   int32_t dim, int32_t first, int32_t last, const Factors* f) {
+  constexpr int vectors = 2 * blocks;
   if (bits == 3) {
     for (int32_t d = first; d < last; d += 32) {
-      const uint32_t* high = words + 2 * dim + d;  // a row of 32 words for 32 channels
-      __m512i high0 = _mm512_loadu_si512(high), high1 = _mm512_loadu_si512(high + 16);
-      if (ahead) {
-        prefetch_bytes(ahead + 8 * d, 256);
-        prefetch_bytes(ahead + 8 * dim + 4 * d, 128);
+      __m512i high[vectors];
+      int64_t plane = 8 * dim + 4 * d;  // a row of 32 words for 32 channels
+      for (int v = 0; v < vectors; ++v) {
+        high[v] = load_codes(block[v / 2] + plane + v % 2 * 64);
+        Ahead::ask(ahead[v / 2], plane + v % 2 * 64);
       }
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        const uint32_t* low = words + 2 * d + 32 * half;
-        __m512i low0 = _mm512_loadu_si512(low), low1 = _mm512_loadu_si512(low + 16);
+        __m512i low[vectors], codes[vectors];
+        for (int v = 0; v < vectors; ++v) {
+          low[v] = load_codes(block[v / 2] + 8 * d + 128 * half + v % 2 * 64);
+          Ahead::ask(ahead[v / 2], 8 * d + 128 * half + v % 2 * 64);
+        }
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-          KeySums<rows>::add(s, field_3(low0, j, high0, 4 * half + j), field_3(low1, j, high1, 4 * half + j), f,
-                             d + 16 * half + 4 * j, j);
+          for (int v = 0; v < vectors; ++v) codes[v] = field_3(low[v], j, high[v], 4 * half + j);
+          KeySums<rows, blocks>::add(s, codes, f, d + 16 * half + 4 * j, j);
         }
       }
     }
     return;
   }
-  constexpr int fields = 8 / bits;
-  for (int32_t d = first; d < last; d += 4 * fields) {
-    const uint32_t* row = words + d * bits;  // 32 words for 4 * fields channels
-    __m512i words0 = _mm512_loadu_si512(row), words1 = _mm512_loadu_si512(row + 16);
-    if (ahead) prefetch_bytes(ahead + d * bits * 4, 128);
+  // Two steps of 8 bits at once: which chain a product joins must not depend on d, or the sums live in memory.
+  constexpr int fields = 8 / bits, steps = fields == 1 ? 2 : 1;
+  for (int32_t d = first; d < last; d += 4 * fields * steps) {
+#pragma GCC unroll 2
+    for (int step = 0; step < steps; ++step) {
+      int64_t at = (d + 4 * step) * bits * 4;  // 32 words for 4 * fields channels
+      __m512i words[vectors], codes[vectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < fields; ++j) {
-      KeySums<rows>::add(s, field<bits>(words0, j), field<bits>(words1, j), f, d + 4 * j, fields == 1 ? d / 4 : j);
+      for (int v = 0; v < vectors; ++v) {
+        words[v] = load_codes(block[v / 2] + at + v % 2 * 64);
+        Ahead::ask(ahead[v / 2], at + v % 2 * 64);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < fields; ++j) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) codes[v] = field<bits>(words[v], j);
+        KeySums<rows, blocks>::add(s, codes, f, d + 4 * (step + j), step + j);
+      }
     }
   }
 }
@@ -176,36 +223,41 @@ void split_query(const KvPacking& p, const float* query, KeyFactors& k) {
   k.unit = Simd::sum(check) * 0.f + most * (1.f / steps);
 }
 
-/// x[r][block * 32 ..] of up to `rows` query rows and one block.
-template <int bits, int rows>
-void key_block(const KvPacking& p, const DecodeChunk& chunk, int32_t block, const uint8_t* ahead, const KeyFactors* k,
-               float* x) {
+/// x[r][block * 32 ..] of `rows` query rows and `blocks` blocks, which share the factors.
+template <int bits, int rows, int blocks>
+void key_blocks(const KvPacking& p, const DecodeChunk& chunk, int32_t block, const Ahead* ahead, const KeyFactors* k,
+                float* x) {
+  constexpr int vectors = 2 * blocks;
+  using Sums = KeySums<rows, blocks>;
   Factors f[rows];
   for (int r = 0; r < rows; ++r) f[r] = k[r].f;
-  KeySums<rows> s;
+  Sums s;
+  x += block * kv_block;
   if (p.per_channel) {
-    KeySums<rows>::clear(s);
-    add_channels<bits, rows>(s, chunk.key_codes[block], ahead, p.dim, 0, p.dim, f);
+    Sums::clear(s);
+    add_channels<bits, rows, blocks>(s, chunk.key_codes + block, ahead, p.dim, 0, p.dim, f);
     for (int r = 0; r < rows; ++r) {
-      for (int v = 0; v < 2; ++v) {
-        __m512 product = _mm512_cvtepi32_ps(KeySums<rows>::total(s, r, v));
-        Simd::store(x + r * chunk_tokens + block * kv_block + 16 * v,
-                    Simd::fma(product, Simd::set(k[r].unit), Simd::set(k[r].bias)));
+      for (int v = 0; v < vectors; ++v) {
+        __m512 product = _mm512_cvtepi32_ps(Sums::total(s, r, v));
+        Simd::store(x + r * chunk_tokens + 16 * v, Simd::fma(product, Simd::set(k[r].unit), Simd::set(k[r].bias)));
       }
     }
     return;
   }
-  __m512 sum[rows][2];
-  for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = Simd::zero();
+  __m512 sum[rows][vectors];
+  for (int r = 0; r < rows; ++r) {
+    for (int v = 0; v < vectors; ++v) sum[r][v] = Simd::zero();
+  }
   for (int32_t g = 0; g < p.groups_per_token(); ++g) {
     int32_t first = g * p.group_size, last = first + p.group_size < p.dim ? first + p.group_size : p.dim;
-    KeySums<rows>::clear(s);
-    add_channels<bits, rows>(s, chunk.key_codes[block], ahead, p.dim, first, last, f);
-    for (int v = 0; v < 2; ++v) {
-      __m512 scale = load_scales(chunk.key_scales[block] + g * kv_block + 16 * v);
-      __m512 minimum = p.symmetric ? Simd::zero() : load_scales(chunk.key_minima[block] + g * kv_block + 16 * v);
+    Sums::clear(s);
+    add_channels<bits, rows, blocks>(s, chunk.key_codes + block, ahead, p.dim, first, last, f);
+    for (int v = 0; v < vectors; ++v) {
+      int32_t at = g * kv_block + v % 2 * 16, of = block + v / 2;
+      __m512 scale = load_scales(chunk.key_scales[of] + at);
+      __m512 minimum = p.symmetric ? Simd::zero() : load_scales(chunk.key_minima[of] + at);
       for (int r = 0; r < rows; ++r) {
-        __m512i total = KeySums<rows>::total(s, r, v);
+        __m512i total = Sums::total(s, r, v);
         if (p.symmetric) total = _mm512_sub_epi32(total, _mm512_set1_epi32(k[r].isums[g] * (1 << (bits - 1))));
         __m512 product = Simd::mul(_mm512_cvtepi32_ps(total), Simd::set(k[r].unit));
         sum[r][v] = Simd::fma(product, scale, Simd::fma(Simd::set(k[r].sums[g]), minimum, sum[r][v]));
@@ -213,55 +265,81 @@ void key_block(const KvPacking& p, const DecodeChunk& chunk, int32_t block, cons
     }
   }
   for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < 2; ++v) Simd::store(x + r * chunk_tokens + block * kv_block + 16 * v, sum[r][v]);
+    for (int v = 0; v < vectors; ++v) Simd::store(x + r * chunk_tokens + 16 * v, sum[r][v]);
   }
 }
 
 /// What the products keep beside Workspace: factors of row_batch query rows, and of the weights of one row.
 struct VnniScratch {
+  static int64_t key_floats(const DecodeAttention& p) { return 2 * row_batch * (p.head_dim / 4 + 16); }
   static int64_t floats(const DecodeAttention& p) {
-    return 2 * row_batch * (p.head_dim / 4 + 16) + 2 * 16 * chunk_tokens / 4 +
-           Workspace::rows(p) * (p.head_dim / 2 + 16);
+    return key_floats(p) + 2 * 16 * chunk_tokens / 4 + Workspace::rows(p) * (p.head_dim / 2 + 16);
   }
 };
 
-template <int bits>
-void vnni_scores(const DecodeSplit& split, const DecodeChunk& chunk, const DecodeChunk& next, const Workspace& w) {
-  const DecodeAttention& p = *split.problem;
-  const KvPacking& packing = p.cache->key;
-  auto* bytes = reinterpret_cast<int8_t*>(w.more);
-  KeyFactors k[row_batch];
-  for (int r = 0; r < row_batch; ++r) {
-    k[r].f = {bytes, bytes + packing.dim};
-    bytes += 2 * packing.dim;
+/// Factors of row_batch rows, or of one row and each group of a chunk. `split`: they are the query's own (keys per token)
+/// and stay from chunk to chunk.
+struct KeyState {
+  static_assert(row_batch >= chunk_blocks, "a group is a block at least");
+  KeyFactors factors[row_batch];
+  bool split = false;
+
+  KeyState(const KvPacking& p, int8_t* bytes) {
+    for (KeyFactors& k : factors) {
+      k.f = {bytes, bytes + p.dim};
+      bytes += 2 * p.dim;
+    }
   }
+};
+
+/// Scales and minima of a block of the next chunk: a share of those of its group.
+void prefetch_key_scales(const KvPacking& p, const DecodeChunk* next, int32_t block) {
+  if (!next || !next->key_codes[block]) return;
+  int64_t bytes = p.per_channel ? p.dim * 2 * kv_block / p.group_size : p.groups_per_token() * 64;
+  int64_t at = p.per_channel ? block * kv_block % p.group_size / kv_block * bytes / 2 : 0;
+  prefetch_bytes(next->key_scales[block] + at, bytes);
+  if (next->key_minima[block]) prefetch_bytes(next->key_minima[block] + at, bytes);
+}
+
+template <int bits>
+void vnni_scores(const DecodeSplit& split, const DecodeChunk& chunk, const DecodeChunk* next, KeyState& state,
+                 const Workspace& w) {
+  const KvPacking& packing = split.problem->cache->key;
+  KeyFactors* factors = state.factors;
   for (int32_t first = 0; first < split.rows; first += row_batch) {
     int32_t rows = split.rows - first < row_batch ? split.rows - first : row_batch;
-    const uint16_t* folded = nullptr;
-    for (int32_t block = 0; block * kv_block < chunk.count; ++block) {
-      const uint8_t* ahead = first == 0 && next.quantized && &next != &chunk ? next.key_codes[block] : nullptr;
-      if (ahead) {
-        int64_t bytes =
-            packing.per_channel ? packing.dim * 2 * kv_block / packing.group_size : packing.groups_per_token() * 64;
-        int64_t at =
-            packing.per_channel ? block * kv_block % packing.group_size / kv_block * bytes / 2 : 0;  // a share each
-        prefetch_bytes(next.key_scales[block] + at, bytes);
-        if (next.key_minima[block]) prefetch_bytes(next.key_minima[block] + at, bytes);
+    const float* query = split.query + int64_t(first) * packing.dim;
+    if (!packing.per_channel && !state.split) {
+      for (int32_t r = 0; r < rows; ++r) split_query(packing, query + int64_t(r) * packing.dim, factors[r]);
+      state.split = split.rows <= row_batch;
+    }
+    // One row: the groups of the chunk are folded one after the other, as a processor does two at the same time.
+    int32_t group_blocks = packing.per_channel ? packing.group_size / kv_block : chunk_blocks;
+    for (int32_t block = 0; packing.per_channel && rows == 1 && block * kv_block < chunk.count; block += group_blocks) {
+      fold_channel_scales(packing, query, chunk.key_scales[block], chunk.key_minima[block],
+                          factors[block / group_blocks]);
+    }
+    for (int32_t block = 0, taken; block * kv_block < chunk.count; block += taken) {
+      // Two blocks of one group share the broadcasts of its factors.
+      bool two = rows == 1 && (block + 1) * kv_block < chunk.count && group_blocks > 1;
+      taken = two ? 2 : 1;
+      Ahead ahead[2];
+      for (int i = 0; i < taken && first == 0; ++i) {
+        ahead[i] = ahead_of(chunk.key_codes, next ? next->key_codes : nullptr, block + i, bits);
+        prefetch_key_scales(packing, next, block + i);
       }
-      if (packing.per_channel ? chunk.key_scales[block] != folded : block == 0) {
-        folded = chunk.key_scales[block];
-        for (int32_t r = 0; r < rows; ++r) {
-          const float* query = split.query + int64_t(first + r) * packing.dim;
-          packing.per_channel ? fold_channel_scales(packing, query, folded, chunk.key_minima[block], k[r])
-                              : split_query(packing, query, k[r]);
-        }
+      for (int32_t r = 0; r < rows && packing.per_channel && rows > 1 && block % group_blocks == 0; ++r) {
+        fold_channel_scales(packing, query + int64_t(r) * packing.dim, chunk.key_scales[block],
+                            chunk.key_minima[block], factors[r]);
       }
+      const KeyFactors* k = factors + (rows == 1 ? block / group_blocks : 0);
       float* x = w.x + int64_t(first) * chunk_tokens;
-      switch (rows) {
-        case 1: key_block<bits, 1>(packing, chunk, block, ahead, k, x); break;
-        case 2: key_block<bits, 2>(packing, chunk, block, ahead, k, x); break;
-        case 3: key_block<bits, 3>(packing, chunk, block, ahead, k, x); break;
-        default: key_block<bits, 4>(packing, chunk, block, ahead, k, x); break;
+      switch (two ? 0 : rows) {
+        case 0: key_blocks<bits, 1, 2>(packing, chunk, block, ahead, k, x); break;
+        case 1: key_blocks<bits, 1, 1>(packing, chunk, block, ahead, k, x); break;
+        case 2: key_blocks<bits, 2, 1>(packing, chunk, block, ahead, k, x); break;
+        case 3: key_blocks<bits, 3, 1>(packing, chunk, block, ahead, k, x); break;
+        default: key_blocks<bits, 4, 1>(packing, chunk, block, ahead, k, x); break;
       }
     }
   }
@@ -296,86 +374,88 @@ void fold_value_scales(const KvPacking& p, const DecodeChunk& chunk, const float
   k.bias = p.symmetric ? -k.unit * float(1 << (p.bits - 1)) * float(_mm512_reduce_add_epi32(sum)) : Simd::sum(bias);
 }
 
-template <int vectors>
-struct ValueSums {
-  __m512i hi[vectors], lo[vectors];
-};
-
-/// acc[channel ..] += over all tokens of a chunk, for 16 * vectors channels that begin at `channel`. Pairs of vectors
-/// share a group: groups are 32 channels at least.
-template <int bits, int vectors>
-void value_columns(const KvPacking& p, const DecodeChunk& chunk, const DecodeChunk& next, bool prefetching,
-                   int32_t channel, const ValueFactors* k, float* acc) {
-  ValueSums<vectors> s;
-  for (int v = 0; v < vectors; ++v) s.hi[v] = s.lo[v] = _mm512_setzero_si512();
-  const ValueFactors* of[vectors];
-  for (int v = 0; v < vectors; ++v) of[v] = k + (channel + 16 * v) / p.group_size;
-  constexpr int low_bits = bits == 3 ? 2 : bits, fields = 8 / low_bits;
+/// acc[channel ..] += over all tokens of a chunk, for 16 * vectors channels that begin at `channel`, of which each
+/// `of_group` vectors share a group and so the broadcasts of its factors.
+template <int bits, int vectors, int of_group>
+void value_columns(const KvPacking& p, const DecodeChunk& chunk, const uint8_t* const* next, bool asks, int32_t channel,
+                   const ValueFactors* k, float* acc) {
+  constexpr int low_bits = bits == 3 ? 2 : bits, fields = 8 / low_bits, groups = vectors / of_group;
+  __m512i sum_hi[vectors], sum_lo[vectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < vectors; ++v) sum_hi[v] = sum_lo[v] = _mm512_setzero_si512();
+  k += channel / p.group_size;
   for (int32_t block = 0; block * kv_block < chunk.count; ++block) {
     const auto* words = reinterpret_cast<const uint32_t*>(chunk.value_codes[block]) + channel;
-    const char* ahead = prefetching ? reinterpret_cast<const char*>(next.value_codes[block]) : nullptr;
+    Ahead ahead;
+    if (asks) ahead = ahead_of(chunk.value_codes, next, block, bits);
+#pragma GCC unroll 2
     for (int row = 0; row < low_bits; ++row) {
-      __m512i low[vectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) low[v] = _mm512_loadu_si512(words + row * p.dim + 16 * v);
-      if (ahead) {
-        for (int v = 0; v < vectors; ++v) _mm_prefetch(ahead + (row * p.dim + channel + 16 * v) * 4, _MM_HINT_T0);
-      }
+      int32_t token = block * kv_block + row * fields * 4;
 #pragma GCC unroll 4
-      for (int j = 0; j < fields; ++j) {
-        int32_t token = block * kv_block + (row * fields + j) * 4;
+      for (int g = 0; g < groups; ++g) {
+        __m512i hi[fields], lo[fields];
+#pragma GCC unroll 4
+        for (int j = 0; j < fields; ++j) {
+          hi[j] = broadcast4(k[g].f.hi + token + 4 * j);
+          lo[j] = broadcast4(k[g].f.lo + token + 4 * j);
+        }
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) {
-          __m512i codes;
-          if (bits == 3) {
-            __m512i high = _mm512_loadu_si512(words + 2 * p.dim + 16 * v);
-            codes = row == 0 ? field_3(low[v], j, high, j) : field_3(low[v], j, high, 4 + j);
-          } else {
-            codes = field<low_bits>(low[v], j);
+        for (int v = g * of_group; v < (g + 1) * of_group; ++v) {
+          __m512i low = load_codes(reinterpret_cast<const uint8_t*>(words + row * p.dim + 16 * v)), high = low;
+          if (bits == 3) high = load_codes(reinterpret_cast<const uint8_t*>(words + 2 * p.dim + 16 * v));
+          Ahead::ask(ahead, (row * p.dim + channel + 16 * v) * 4);
+          if (bits == 3 && row == 0) Ahead::ask(ahead, (2 * p.dim + channel + 16 * v) * 4);
+#pragma GCC unroll 4
+          for (int j = 0; j < fields; ++j) {
+            __m512i codes = bits == 3 ? field_3(low, j, high, 4 * (row % 2) + j) : field<low_bits>(low, j);
+            sum_hi[v] = _mm512_dpbusd_epi32(sum_hi[v], codes, hi[j]);
+            sum_lo[v] = _mm512_dpbusd_epi32(sum_lo[v], codes, lo[j]);
           }
-          s.hi[v] = _mm512_dpbusd_epi32(s.hi[v], codes, broadcast4(of[v]->f.hi + token));
-          s.lo[v] = _mm512_dpbusd_epi32(s.lo[v], codes, broadcast4(of[v]->f.lo + token));
         }
       }
     }
-    if (bits == 3 && ahead) {
-      for (int v = 0; v < vectors; ++v) _mm_prefetch(ahead + (2 * p.dim + channel + 16 * v) * 4, _MM_HINT_T0);
-    }
   }
+#pragma GCC unroll 8
   for (int v = 0; v < vectors; ++v) {
-    __m512 product = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(s.hi[v], 8), s.lo[v]));
+    __m512 product = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum_hi[v], 8), sum_lo[v]));
     float* at = acc + channel + 16 * v;
-    __m512 sum = Simd::add(Simd::load(at), Simd::set(of[v]->bias));
-    Simd::store(at, Simd::fma(product, Simd::set(of[v]->unit), sum));
+    const ValueFactors& of = k[v / of_group];
+    Simd::store(at, Simd::fma(product, Simd::set(of.unit), Simd::add(Simd::load(at), Simd::set(of.bias))));
   }
 }
 
 template <int bits>
-void vnni_values(const DecodeSplit& split, const DecodeChunk& chunk, const DecodeChunk& next, const Workspace& w) {
-  const DecodeAttention& p = *split.problem;
-  const KvPacking& packing = p.cache->value;
-  auto* bytes = reinterpret_cast<int8_t*>(w.more);
+void vnni_values(const DecodeSplit& split, const DecodeChunk& chunk, const DecodeChunk* next, const Workspace& w) {
+  const KvPacking& packing = split.problem->cache->value;
+  auto* bytes = reinterpret_cast<int8_t*>(w.more + VnniScratch::key_floats(*split.problem));
   ValueFactors k[16];  // 512 channels in groups of 32
   int32_t groups = packing.groups_per_token();
   for (int32_t g = 0; g < groups; ++g) {
     k[g].f = {bytes, bytes + chunk_tokens};
     bytes += 2 * chunk_tokens;
   }
-  bool prefetching = next.quantized && &next != &chunk && next.count == chunk.count;
-  for (int32_t block = 0; prefetching && block * kv_block < chunk.count; ++block) {
-    prefetch_bytes(next.value_scales[block], groups * 64);
-    if (!packing.symmetric) prefetch_bytes(next.value_minima[block], groups * 64);
+  for (int32_t block = 0; next && block * kv_block < next->count; ++block) {
+    prefetch_bytes(next->value_scales[block], groups * 64);
+    if (!packing.symmetric) prefetch_bytes(next->value_minima[block], groups * 64);
   }
   for (int32_t r = 0; r < split.rows; ++r) {
     const float* x = w.x + int64_t(r) * chunk_tokens;
     float* acc = split.acc + int64_t(r) * packing.dim;
     for (int32_t g = 0; g < groups; ++g) fold_value_scales(packing, chunk, x, g, k[g]);
-    bool ahead = prefetching && r == 0;
-    int32_t d = 0;
-    for (; d + 128 <= packing.dim; d += 128) value_columns<bits, 8>(packing, chunk, next, ahead, d, k, acc);
-    if (d + 64 <= packing.dim) value_columns<bits, 4>(packing, chunk, next, ahead, d, k, acc), d += 64;
-    if (d + 32 <= packing.dim) value_columns<bits, 2>(packing, chunk, next, ahead, d, k, acc), d += 32;
-    if (d < packing.dim) value_columns<bits, 1>(packing, chunk, next, ahead, d, k, acc);
+    const uint8_t* const* after = next ? next->value_codes : nullptr;
+    int32_t d = 0, group = packing.group_size;
+    for (; d + 128 <= packing.dim; d += 128) {
+      group == 32   ? value_columns<bits, 8, 2>(packing, chunk, after, r == 0, d, k, acc)
+      : group == 64 ? value_columns<bits, 8, 4>(packing, chunk, after, r == 0, d, k, acc)
+                    : value_columns<bits, 8, 8>(packing, chunk, after, r == 0, d, k, acc);
+    }
+    if (d + 64 <= packing.dim) {
+      group == 32 ? value_columns<bits, 4, 2>(packing, chunk, after, r == 0, d, k, acc)
+                  : value_columns<bits, 4, 4>(packing, chunk, after, r == 0, d, k, acc);
+      d += 64;
+    }
+    if (d + 32 <= packing.dim) value_columns<bits, 2, 2>(packing, chunk, after, r == 0, d, k, acc), d += 32;
+    if (d < packing.dim) value_columns<bits, 1, 1>(packing, chunk, after, r == 0, d, k, acc);
   }
 }
 

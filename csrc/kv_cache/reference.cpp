@@ -15,7 +15,7 @@ std::vector<float> rows_of(const DecodeAttention& p, const DecodeChunk& chunk, b
   if (!chunk.quantized) {
     DType dtype = p.plain ? p.plain->dtype : p.cache->dtype;
     for (int32_t t = 0; t < chunk.count; ++t) {
-      load_row(value ? chunk.value_rows[t] : chunk.key_rows[t], 0, dtype, dim, &rows[int64_t(t) * dim]);
+      load_row(value ? chunk.value[t] : chunk.key[t], 0, dtype, dim, &rows[int64_t(t) * dim]);
     }
     return rows;
   }

@@ -125,6 +125,7 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
   // CPU only: raises with the first bad index.
   m.def("check_block_sparse(Tensor crow_indices, Tensor col_indices, SymInt col_blocks) -> ()");
   m.def("matmul_plan_cpu(ScalarType dtype, int[2] block_size) -> str");
+  m.def("matmul_plan_cuda(ScalarType dtype, int[2] block_size, SymInt tokens, bool transposed=False) -> str");
 
   // ---- what would run: one line per implementation, "name: runs" or "name: the reason it refuses"
   m.def(
@@ -153,6 +154,7 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
       "compact_kv(Tensor(a!)[] cache_tensors, Tensor keep_index, Tensor? block_table=None, Tensor(b!)? lengths=None, "
       "bool tokens_first=False) -> ()");
   m.def("tokens_plan_cpu(ScalarType dtype, bool match=False) -> str");
+  m.def("tokens_plan_cuda(ScalarType dtype, bool match=False) -> str");
   // ---- kv_cache. scores is empty where scores_length is 0.
   m.def(
       "quantize_kv(Tensor x, int bits, int group_size, bool per_channel, bool symmetric, bool value_layout) -> "

@@ -9,6 +9,8 @@
 // same n of every m columns (g x 1 blocks, as many in each row).
 #pragma once
 
+#include <cstddef>
+
 #include "sparsekit/parallel.h"
 #include "sparsekit/status.h"
 #include "sparsekit/types.h"
@@ -110,5 +112,19 @@ struct MatmulPlan {
   int count = 0;
 };
 MatmulPlan block_sparse_plan(const BlockSparseProduct& arguments);
+
+// ---- CUDA: every pointer is device memory. An index out of range is skipped, an offset clamped to [0, nnz]; nothing
+// is read out of bounds, and the blocks of a row whose offsets are wrong may be left out.
+
+struct CudaContext;  // sparsekit/attention.h
+
+/// Bytes of scratch that a call wants in its context.
+size_t block_sparse_product_workspace(const BlockSparseProduct& arguments, const CudaContext& context);
+size_t transpose_block_sparse_workspace(const TransposeBlockSparse& arguments);
+
+Status block_sparse_product(const BlockSparseProduct& arguments, const CudaContext& context);
+Status block_sddmm(const BlockSddmm& arguments, const CudaContext& context);
+Status transpose_block_sparse(const TransposeBlockSparse& arguments, const CudaContext& context);
+MatmulPlan block_sparse_plan(const BlockSparseProduct& arguments, const CudaContext& context);
 
 }  // namespace sparsekit

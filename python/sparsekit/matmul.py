@@ -191,4 +191,4 @@ def _check_inner(name: str, tensor: Tensor, dim: int, matrix: BlockSparseMatrix,
 
 
 def _transpose(matrix: BlockSparseMatrix, wanted: bool) -> tuple[Tensor | None, ...]:
-    return matrix.transposed_pattern() if wanted and matrix.crow_indices.device.type == "cpu" else (None, None, None)
+    return matrix.transposed_pattern() if wanted else (None, None, None)

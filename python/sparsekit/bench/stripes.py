@@ -5,9 +5,11 @@ gathering costs.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import fnmatch
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -30,10 +32,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cases", default="*", help="names or patterns, comma separated; 'list' lists them")
     parser.add_argument("--backward", action="store_true", help="time the backward instead of the forward")
-    parser.add_argument("--dense", action="store_true", help="also dense scaled_dot_product_attention")
+    parser.add_argument("--dense", action="store_true", help="also dense scaled_dot_product_attention (CUDA: of cuDNN)")
     parser.add_argument("--length", type=int, help="tokens, instead of the case's")
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender and case")
     parser.add_argument("--json", type=Path, help="write everything that was measured")
+
+
+def dense_backend(device: str):
+    """cuDNN on a GPU, else torch's choice."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if device == "cuda" else contextlib.nullcontext()
+
+
+def _with_kernels(name: str, call):
+    """A call that only CUDA implementations of this name may take."""
+    os.environ["SPARSEKIT_CUDA_KERNELS"] = name
+    try:
+        return call()
+    finally:
+        del os.environ["SPARSEKIT_CUDA_KERNELS"]
 
 
 def contenders(case, options) -> list[Contender]:
@@ -45,7 +63,8 @@ def contenders(case, options) -> list[Contender]:
 
     def dense(query, key, value):
         grouped = case.heads_q != case.heads_kv
-        return F.scaled_dot_product_attention(query, key, value, is_causal=case.causal, enable_gqa=grouped)
+        with dense_backend(options.device):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=case.causal, enable_gqa=grouped)
 
     everything = case.batch * case.heads_q * case.len_q * (case.len_k + 1 if case.causal else 2 * case.len_k) // 2
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(AttentionCase)}
@@ -54,6 +73,11 @@ def contenders(case, options) -> list[Contender]:
         Contender("stripes", _timed(stripes, tensors, options.backward), pairs),
         dataclasses.replace(block_sparse(make_inputs(blocks, options.device), options.backward), name="blocks"),
     ]
+    if (
+        options.device == "cuda" and not options.backward
+    ):  # the kernel that stripes are built on, where another is faster
+        call = results[1].call
+        results.append(dataclasses.replace(results[1], name="blocks, sm80", call=lambda: _with_kernels("sm80", call)))
     if options.dense:
         results.append(Contender("dense", _timed(dense, tensors, options.backward), everything))
     return results
