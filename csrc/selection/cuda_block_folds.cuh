@@ -1,4 +1,5 @@
-// What the folds over blocks and their gradients share: which blocks a CTA has, and the antidiagonals of tiles of scores.
+// What the folds over blocks and their gradients share: which blocks a CTA has, and the antidiagonals of tiles of
+// scores.
 #pragma once
 
 #include "selection/cuda_block_means.cuh"
@@ -8,12 +9,13 @@ namespace sparsekit::cuda {
 
 struct BlockFold {
   AttentionProblem p;
-  Spans blocks, groups;  // in blocks; groups.block_q is that of blocks_each blocks
+  Spans blocks, groups;                             // in blocks; groups.block_q is that of blocks_each blocks
   int64_t q_blocks = 0, key_blocks = 0, width = 0;  // width: of a row of the result
   int stride = 1, blocks_each = 1;
   bool maximum = false, listed = false, vectors = false;
   bool sums = false;  // antidiagonal: the sums of shares themselves, 0 where nothing is seen
-  const float* lse = nullptr;  // map: [batch, heads_q, len_q]; antidiagonal: [batch, heads_q, q_blocks * rows of a block]
+  const float* lse =
+      nullptr;  // map: [batch, heads_q, len_q]; antidiagonal: [batch, heads_q, q_blocks * rows of a block]
   float* out = nullptr;
 
   __host__ __device__ int rows_per_block() const { return p.lists.block_q / stride; }
@@ -22,13 +24,14 @@ struct BlockFold {
 
 using Shape = ScoreTile<float>;
 constexpr int kRows = Shape::kRows, kKeys = Shape::kKeys, kThreads = Shape::kThreads;
-constexpr int kPitch = kKeys + 5;  // floats of a row of scores in shared memory: odd, so that columns meet no bank twice
+constexpr int kPitch =
+    kKeys + 5;  // floats of a row of scores in shared memory: odd, so that columns meet no bank twice
 
 /// What a CTA works on.
 struct Place {
   int head, b, h, kv_head;
   Span span;
-  int64_t row0;  // list row of the first block
+  int64_t row0;   // list row of the first block
   int m0, count;  // blocks of the sequence
 
   /// False where there is nothing.
@@ -52,8 +55,8 @@ struct Place {
 
 /// Tiles of stride x stride: row of tiles `first` (its first row in the sequence) against column `key` (its first key).
 struct TileRow {
-  int rows;       // that exist
-  int64_t last;   // position of the last, where the antidiagonal begins
+  int rows;      // that exist
+  int64_t last;  // position of the last, where the antidiagonal begins
 
   __device__ __forceinline__ TileRow(const Place& at, int64_t first, int stride) {
     rows = int(clamped(at.span.len_q() - first, 0, stride));
@@ -73,8 +76,9 @@ struct TileRow {
 /// The means of the antidiagonals of 64 rows of tiles (from row `row0` of the sequence on) and 128 columns (from key
 /// `key0` on, before `key_end`) into shared memory, -inf where nothing is seen.
 template <class Element>
-__device__ __forceinline__ void antidiagonal_tile(const BlockFold& f, const Place& at, int64_t row0, int64_t row_end, int64_t key0,
-                                  int64_t key_end, ScoreTile<Element>& tile, unsigned char* memory) {
+__device__ __forceinline__ void antidiagonal_tile(const BlockFold& f, const Place& at, int64_t row0, int64_t row_end,
+                                                  int64_t key0, int64_t key_end, ScoreTile<Element>& tile,
+                                                  unsigned char* memory) {
   const AttentionProblem& p = f.p;
   const int stride = f.stride;
   auto* scores = reinterpret_cast<float*>(memory);

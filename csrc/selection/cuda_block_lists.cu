@@ -1,16 +1,16 @@
 // Block lists seen from the keys, on the GPU. No host sync, graph-capturable.
 //
-// A stable counting sort of the forward slots by key block: slots of one key block ascend, bit for bit the same on every
-// run. Each list head's rows are cut into `chunks`;
+// A stable counting sort of the forward slots by key block: slots of one key block ascend, bit for bit the same on
+// every run. Each list head's rows are cut into `chunks`;
 //   count   one histogram over the key blocks per chunk
 //   scan    per key block over the chunks, then over the key blocks: where each (chunk, key block) begins
 //   place   every slot behind those of its key block in the chunk's earlier rows
 //
-// Chunks of 32 rows, one CTA each: a word per key block in shared memory says which of the rows list it, so that a slot's
-// place is a population count, and all rows are placed at once. A row that lists a block twice (the caller's error) shows
-// when the words are made; that chunk is then placed in order by one warp. Lists that are too short for so many
-// histograms, or with more than 12,288 key blocks, have larger chunks, of one warp each, which walks its slots in order,
-// 32 at a time; lanes with the same key rank by __match_any_sync.
+// Chunks of 32 rows, one CTA each: a word per key block in shared memory says which of the rows list it, so that a
+// slot's place is a population count, and all rows are placed at once. A row that lists a block twice (the caller's
+// error) shows when the words are made; that chunk is then placed in order by one warp. Lists that are too short for so
+// many histograms, or with more than 12,288 key blocks, have larger chunks, of one warp each, which walks its slots in
+// order, 32 at a time; lanes with the same key rank by __match_any_sync.
 //
 // Bound: reads every list entry twice and writes it once; 1,024 x 1,024 blocks, 32 heads, 10 %: 3.4M entries, 47 MB.
 #include <cuda_runtime.h>
@@ -39,7 +39,7 @@ struct TransposePlan {
   int64_t heads = 0;     // list heads of all batches
   int64_t k_blocks = 0;  // length of the transposed lists, an upper bound where packed
   int64_t chunks = 0, rows_per_chunk = 0;
-  bool by_words = false;  // chunks of 32 rows
+  bool by_words = false;          // chunks of 32 rows
   int64_t block_begin_words = 0;  // packed: words of the two prefix arrays
   const int32_t* cu_seqlens_q = nullptr;
   const int32_t* cu_seqlens_k = nullptr;

@@ -12,8 +12,8 @@ struct BlockMeans {
   Spans tiles;                // in tiles of 64 blocks of queries
   float* q_means = nullptr;   // [batch, heads_q, q_blocks, head_dim]
   float* k_means = nullptr;   // [batch, heads_kv, k_blocks, head_dim], packed over all sequences
-  float* diagonal = nullptr;  // [batch, heads_q, q_blocks]: sums over the pairs of the one block that causality cuts, or
-                              // null where that is not one block per row, from corner to corner
+  float* diagonal = nullptr;  // [batch, heads_q, q_blocks]: sums over the pairs of the one block that causality cuts,
+                              // or null where that is not one block per row, from corner to corner
   int64_t k_blocks = 0;
 };
 constexpr int kTileBlocks = 64;

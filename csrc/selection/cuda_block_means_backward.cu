@@ -3,8 +3,8 @@
 // With g = grad[m, n] * scale / (pairs of block (m, n) that see each other), K_n and Q_m the sums over blocks:
 //   dq_i = sum over n that m sees whole of g K_n  +  over n that causality cuts of g (sum of the k_j that i sees)
 //   dk_j = sum over heads and m that see n whole of g Q_m  +  over m that it cuts of g (sum of the q_i that see j)
-// A CTA per block of the result, a thread per element of its rows. What a row sees grows by one key from row to row, what
-// sees a key by one row from key to key backwards: running sums, each in one order.
+// A CTA per block of the result, a thread per element of its rows. What a row sees grows by one key from row to row,
+// what sees a key by one row from key to key backwards: running sums, each in one order.
 //
 // Bound: reading query and key twice and writing their gradients, until the sums over blocks catch up.
 #include "selection/cuda_block_means.cuh"
@@ -27,7 +27,8 @@ __device__ __forceinline__ Element* grads_of(const OutputView& view, int64_t b, 
 /// grad * scale / pairs, for a pair of blocks that see each other.
 __device__ __forceinline__ float weight(const BlockScoresBackward& p, const Span& span, int64_t head, int m, int n) {
   if (n >= p.key_blocks || span.list_row + m >= p.q_blocks) return 0.f;
-  const float grad = static_cast<const float*>(p.grad_scores)[(head * p.q_blocks + span.list_row + m) * p.key_blocks + n];
+  const float grad =
+      static_cast<const float*>(p.grad_scores)[(head * p.q_blocks + span.list_row + m) * p.key_blocks + n];
   return grad * p.scale / BlockPair(p, span, m, n).pairs();
 }
 
@@ -82,7 +83,8 @@ __global__ void __launch_bounds__(kThreads) grad_of_keys(BlockScoresBackward p, 
   // Blocks from `whole` on see all of the keys, those from `seen` on some.
   int seen = 0, whole = 0;
   if (p.causal) {
-    const int64_t all = clamped(first_key + keys - 1 - shift, 0, INT32_MAX), some = clamped(first_key - shift, 0, INT32_MAX);
+    const int64_t all = clamped(first_key + keys - 1 - shift, 0, INT32_MAX),
+                  some = clamped(first_key - shift, 0, INT32_MAX);
     whole = int(min(int64_t(blocks), (all + block_q - 1) / block_q));
     seen = int(min(int64_t(whole), some / block_q));
   }
@@ -94,8 +96,8 @@ __global__ void __launch_bounds__(kThreads) grad_of_keys(BlockScoresBackward p, 
       const int64_t head = int64_t(b) * p.heads_q + h;
       for (int m = whole; m < blocks; ++m) {
         const float rows = float(min(int64_t(block_q), span.len_q() - int64_t(m) * block_q));
-        sum = fmaf(weight(p, span, head, m, n) * rows,
-                   means.q_means[(head * p.q_blocks + span.list_row + m) * dim + d], sum);
+        sum = fmaf(weight(p, span, head, m, n) * rows, means.q_means[(head * p.q_blocks + span.list_row + m) * dim + d],
+                   sum);
       }
     }
     int64_t next = cut_end;  // rows from here on, to cut_end, are in the sum

@@ -3,11 +3,11 @@
 //   mean over pairs of scale * q_i . k_j = scale * (mean q) . (mean k)
 //   a block that causality cuts: sum over i of q_i . (sum of the k_j that row i sees), a running sum of keys
 //
-// First the means, then their products in tiles (cuda_score_tiles.cuh, fp32). Where query and key blocks are of one size
-// and lie on the diagonal, each query block has one cut block, and one CTA averages a key block and the query blocks of
-// all heads that share it: every thread holds 16 bytes of 8 keys, adds them up as it goes along its 8 rows, and what lies
-// in the rows of other threads comes in as (sum of own q) . (sum of earlier keys). So query and key are read once. Any
-// other cut block is summed by a CTA of its own row of blocks, from L2.
+// First the means, then their products in tiles (cuda_score_tiles.cuh, fp32). Where query and key blocks are of one
+// size and lie on the diagonal, each query block has one cut block, and one CTA averages a key block and the query
+// blocks of all heads that share it: every thread holds 16 bytes of 8 keys, adds them up as it goes along its 8 rows,
+// and what lies in the rows of other threads comes in as (sum of own q) . (sum of earlier keys). So query and key are
+// read once. Any other cut block is summed by a CTA of its own row of blocks, from L2.
 //
 // Bound: memory; 131,072 tokens, 32 heads over 8, D = 128, bf16: 1.34 GB.
 #include "selection/cuda_block_means.cuh"
@@ -136,7 +136,8 @@ __global__ void __launch_bounds__(kThreads) pool_pieces(Pool pool, Shares shares
   }
   float* mean = pool.means + result * pool.head_dim;
   put_piece(parts, sum);
-  for (int d = int(threadIdx.x); d < pool.head_dim; d += kThreads) mean[d] = sum_groups(parts, shares, size, d) / float(rows);
+  for (int d = int(threadIdx.x); d < pool.head_dim; d += kThreads)
+    mean[d] = sum_groups(parts, shares, size, d) / float(rows);
   if constexpr (SIMILARITY) {
     __syncthreads();
     put_piece(parts, unit_sum);
@@ -220,8 +221,8 @@ void pool_blocks(const Pool& pool, int64_t batch, const Shares& shares, cudaStre
 /// grid (blocks, key heads of all batches): key block n = blockIdx.x + `begin` and query block n - `shift` of the heads
 /// that share it; either may not exist.
 template <class Element>
-__global__ void __launch_bounds__(kThreads, 2) pool_diagonal(BlockScores p, BlockMeans means, Shares shares, int begin,
-                                                             int shift) {
+__global__ void __launch_bounds__(kThreads, 2)
+    pool_diagonal(BlockScores p, BlockMeans means, Shares shares, int begin, int shift) {
   constexpr int size = Piece<Element>::size;
   __shared__ float parts[kThreads * size];
   __shared__ float sums[kThreads / kWarp];
@@ -370,7 +371,8 @@ __global__ void __launch_bounds__(ScoreTile<float>::kThreads) multiply_means(Blo
   const bool any = first_n < last.seen && first_n < blocks;
   if (any) {
     const float* q = means.q_means + row * dim;
-    const float* k = means.k_means + ((int64_t(b) * p.heads_kv + kv_head) * means.k_blocks + span.k_block + first_n) * dim;
+    const float* k =
+        means.k_means + ((int64_t(b) * p.heads_kv + kv_head) * means.k_blocks + span.k_block + first_n) * dim;
     const int fit_k = int(min(int64_t(blocks - first_n), means.k_blocks - span.k_block - first_n));
     tile.multiply(
         1, dim, dim % 4 == 0, [&](int r, int) { return r < fit ? q + int64_t(r) * dim : nullptr; },
@@ -409,8 +411,8 @@ __global__ void __launch_bounds__(kThreads) score_cut_blocks(BlockScores p, Span
   const Element* query = rows_of<Element>(p.query, b, h, span.q_begin + int64_t(m) * p.lists.block_q);
   for (int n = bounds.whole; n < min(int64_t(bounds.seen), p.key_blocks); ++n) {
     const BlockPair pair(p, span, m, n);
-    const Element* key = rows_of<Element>(p.key, b, h / int(p.heads_q / p.heads_kv),
-                                          span.k_begin + int64_t(n) * p.lists.block_k);
+    const Element* key =
+        rows_of<Element>(p.key, b, h / int(p.heads_q / p.heads_kv), span.k_begin + int64_t(n) * p.lists.block_k);
     float product = 0.f;
     for (int d = int(threadIdx.x); d < p.head_dim; d += kThreads) {
       float seen = 0.f;
@@ -437,7 +439,8 @@ __global__ void fill_floats(float* to, int64_t count, float value) {
 }  // namespace
 
 void fill(float* to, int64_t count, float value, cudaStream_t stream) {
-  if (count > 0) launch(fill_floats, unsigned(clamped(ceil_div<int64_t>(count, 1024), 1, 4096)), 256, 0, stream, to, count, value);
+  if (count > 0)
+    launch(fill_floats, unsigned(clamped(ceil_div<int64_t>(count, 1024), 1, 4096)), 256, 0, stream, to, count, value);
 }
 
 size_t block_means_bytes(const BlockScores& p) {
@@ -486,7 +489,8 @@ Status score_block_means(const BlockScores& p, const CudaContext& context) {
     return error(Status::Kind::unsupported, "block_scores: %lld blocks of queries; CUDA takes 4194240",
                  (long long)p.q_blocks);
   }
-  launch(multiply_means, dim3(unsigned(ceil_div<int64_t>(p.key_blocks, ScoreTile<float>::kKeys)), unsigned(row_tiles), unsigned(heads)),
+  launch(multiply_means,
+         dim3(unsigned(ceil_div<int64_t>(p.key_blocks, ScoreTile<float>::kKeys)), unsigned(row_tiles), unsigned(heads)),
          ScoreTile<float>::kThreads, ScoreTile<float>::kBytes, stream, p, means);
   if (p.causal && !means.diagonal) {
     const dim3 grid(unsigned(p.q_blocks), unsigned(heads));

@@ -2,7 +2,8 @@
 // takes. Trained gates pool by the mean (cuda_block_means_backward.cu).
 //
 //   max            the gradient of a block goes to the first pair that has its maximum: dq_i += g k_j, dk_j += g q_i
-//   antidiagonal   with w[r, c] = exp(tile[r, c] - lse[r]), S the sums of w over blocks, and of_w = grad / S of c's block:
+//   antidiagonal   with w[r, c] = exp(tile[r, c] - lse[r]), S the sums of w over blocks, and of_w = grad / S of c's
+//   block:
 //                  each pair of tile (r, c) gets w[r, c] (of_w[r, c] - sum over c of w of_w) / (pairs of the tile)
 //
 // max: the pairs are found tile by tile, then each row (key) collects those that name it, in order of their blocks.
@@ -20,10 +21,10 @@ namespace {
 struct Gradient {
   BlockFold f;
   BlockScoresBackward p;
-  int2* pairs = nullptr;            // max: [batch, heads_q, q_blocks, key_blocks], (-1, -1) for none
-  const float* lse = nullptr;       // antidiagonal: [batch, heads_q, q_blocks * rows of a block]
-  const float* sums = nullptr;      // [batch, heads_q, q_blocks, key_blocks]
-  float* dots = nullptr;            // as lse
+  int2* pairs = nullptr;                   // max: [batch, heads_q, q_blocks, key_blocks], (-1, -1) for none
+  const float* lse = nullptr;              // antidiagonal: [batch, heads_q, q_blocks * rows of a block]
+  const float* sums = nullptr;             // [batch, heads_q, q_blocks, key_blocks]
+  float* dots = nullptr;                   // as lse
   float *query = nullptr, *key = nullptr;  // [batch, heads_q, len_q, head_dim], [batch, heads_kv, len_k, head_dim]
 
   __device__ __forceinline__ float grad(int64_t row, int64_t n) const {  // row: of all heads' blocks
@@ -77,12 +78,14 @@ __global__ void __launch_bounds__(kThreads) find_pairs(Gradient g) {
     for (int64_t row = begin; row < end; row += kRows) {
       for (int64_t first = key0; first < key_end; first += kKeys) {
         tile.multiply(
-            1, p.head_dim, f.vectors, [&](int r, int) { return row + r < end ? query + (row + r) * p.query.row : nullptr; },
+            1, p.head_dim, f.vectors,
+            [&](int r, int) { return row + r < end ? query + (row + r) * p.query.row : nullptr; },
             [&](int k, int) { return first + k < key_end ? key + (first + k) * p.key.row : nullptr; }, dynamic_shared);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
-          for (int j = 0; j < kKeys / 8; ++j) scores[tile.row_of(i) * kPitch + tile.key_of(j, i)] = tile.c[j][i] * p.scale;
+          for (int j = 0; j < kKeys / 8; ++j)
+            scores[tile.row_of(i) * kPitch + tile.key_of(j, i)] = tile.c[j][i] * p.scale;
         }
         __syncthreads();
         if (tid < kRows && row + tid < end) {
@@ -157,7 +160,8 @@ __global__ void __launch_bounds__(kThreads) max_to_keys(Gradient g) {
           const int2 pair = m < rows ? g.pairs[(first + m) * g.f.key_blocks + n] : make_int2(-1, -1);
           for (unsigned left = __ballot_sync(kLanes, pair.y == j); left; left &= left - 1) {
             const int lane = __ffs(int(left)) - 1, i = __shfl_sync(kLanes, pair.x, lane);
-            if (d < p.head_dim) sum = fmaf(g.grad(first + m0 + lane, n) * p.scale, widened(query[i * p.query.row + d]), sum);
+            if (d < p.head_dim)
+              sum = fmaf(g.grad(first + m0 + lane, n) * p.scale, widened(query[i * p.query.row + d]), sum);
           }
         }
       }
@@ -170,8 +174,8 @@ __global__ void __launch_bounds__(kThreads) max_to_keys(Gradient g) {
 
 /// The scores of an antidiagonal_tile become what each pair of a tile gets: w (of_w - dot) / pairs * scale; or, for the
 /// dots themselves, w of_w.
-__device__ __forceinline__ void weigh_tiles(const Gradient& g, const Place& at, int64_t row0, int64_t row_end, int64_t key0,
-                                            bool for_dots, float* scores) {
+__device__ __forceinline__ void weigh_tiles(const Gradient& g, const Place& at, int64_t row0, int64_t row_end,
+                                            int64_t key0, bool for_dots, float* scores) {
   const BlockFold& f = g.f;
   const int stride = f.stride, block_q = f.p.lists.block_q, block_k = f.p.lists.block_k;
   for (int e = int(threadIdx.x); e < kRows * kKeys; e += kThreads) {
@@ -188,7 +192,8 @@ __device__ __forceinline__ void weigh_tiles(const Gradient& g, const Place& at, 
         x = weight * of_weight;
       } else {
         const TileRow row(at, first, stride);
-        x = weight * (of_weight - g.dots[tile_row]) * f.p.scale / float(row.seen(f.p.causal, row.pairs(at, begin, stride), begin));
+        x = weight * (of_weight - g.dots[tile_row]) * f.p.scale /
+            float(row.seen(f.p.causal, row.pairs(at, begin, stride), begin));
       }
     }
     score = x;

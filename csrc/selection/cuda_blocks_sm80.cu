@@ -3,15 +3,17 @@
 //   max            max over the pairs of a block of score[i, j]
 //   map            max or sum over them of exp(score[i, j] - lse[i])
 //   antidiagonal   log of the mean over a block's rows of tiles of the sum over its columns of tiles of
-//                  exp(tile[r, c] - lse[r]), where tile[r, c] is the mean of an antidiagonal (XAttention, arXiv 2503.16428,
-//                  algorithm 1) and lse that of tile[r, :]: two passes over the keys, as nothing of size R x C is kept
+//                  exp(tile[r, c] - lse[r]), where tile[r, c] is the mean of an antidiagonal (XAttention, arXiv
+//                  2503.16428, algorithm 1) and lse that of tile[r, :]: two passes over the keys, as nothing of size R
+//                  x C is kept
 //
-// A tile's antidiagonal is one product of stride * head_dim: the rows of the tile from its last one upwards, the keys from
-// its first one downwards. So all three are tiles of scores (cuda_score_tiles.cuh), put into shared memory, folded along
-// rows and then down columns to the blocks that lie in the tile. The few tiles that causality cuts are summed apart.
+// A tile's antidiagonal is one product of stride * head_dim: the rows of the tile from its last one upwards, the keys
+// from its first one downwards. So all three are tiles of scores (cuda_score_tiles.cuh), put into shared memory, folded
+// along rows and then down columns to the blocks that lie in the tile. The few tiles that causality cuts are summed
+// apart.
 //
-// A CTA has as many blocks of queries as 64 rows hold (larger blocks take several tiles) and goes over groups of as many
-// key blocks as 128 keys hold, or over the slots of a list. Every sum has one order. Bound: tiles of scores.
+// A CTA has as many blocks of queries as 64 rows hold (larger blocks take several tiles) and goes over groups of as
+// many key blocks as 128 keys hold, or over the slots of a list. Every sum has one order. Bound: tiles of scores.
 #include <algorithm>
 #include <climits>
 
@@ -95,7 +97,8 @@ __global__ void __launch_bounds__(kThreads) fold_blocks(BlockFold f) {
       p.key_bias ? p.key_bias + at.b * p.key_bias_batch + at.h * p.key_bias_head + at.span.k_begin : nullptr;
   const int64_t list_row =
       f.listed ? ((lists.list_batch == 1 ? 0 : at.b) * lists.list_heads + at.h / (p.heads_q / lists.list_heads)) *
-                         lists.q_blocks + at.row0
+                         lists.q_blocks +
+                     at.row0
                : 0;
 
   ScoreTile<Element> tile;
@@ -220,7 +223,8 @@ __global__ void __launch_bounds__(kThreads) fold_blocks(BlockFold f) {
         const int from = max(q * rows_each - row_tile * kRows, 0);
         const int to = min(int(min(int64_t(q + 1) * rows_each, int64_t(rows))) - row_tile * kRows, kRows);
         float x = nothing;
-        for (int r = from + (by_warp ? lane_of() : 0); r < to; r += by_warp ? kWarp : 1) x = fold(x, scores[r * kPitch + n]);
+        for (int r = from + (by_warp ? lane_of() : 0); r < to; r += by_warp ? kWarp : 1)
+          x = fold(x, scores[r * kPitch + n]);
         if (by_warp) {
           for (int s = 16; s > 0; s /= 2) x = fold(x, __shfl_xor_sync(kLanes, x, s));
           __syncwarp();
@@ -256,7 +260,8 @@ __global__ void __launch_bounds__(kThreads) fold_blocks(BlockFold f) {
 template <class Element>
 void run_fold(const BlockFold& f, Kind kind, float* lse, int multiprocessors, cudaStream_t stream) {
   const auto groups = unsigned(tiles_of(f.p.len_q, f.groups.block_q, f.p)), heads = unsigned(f.p.batch * f.p.heads_q);
-  if (kind == Kind::antidiagonal) launch(lse_of_tile_rows<Element>, dim3(groups, heads), kThreads, kFoldBytes, stream, f, lse);
+  if (kind == Kind::antidiagonal)
+    launch(lse_of_tile_rows<Element>, dim3(groups, heads), kThreads, kFoldBytes, stream, f, lse);
   const int64_t wide = f.listed ? 1 : std::max(1, kKeys / f.keys_per_block());
   const int64_t columns = ceil_div(f.listed ? f.width : f.key_blocks, wide);
   // Enough CTAs for the card four times over; no more, as each finds its rows anew.

@@ -1,8 +1,8 @@
 // Lists of the true entries of a boolean map's rows, on the GPU: one warp per row.
 //
-// A lane reads 16 columns at once, twice, and turns them into 32 bits; a scan over the lanes, both halves in one word, says
-// where its entries go. Lists of up to 256 entries are put together in shared memory and written as whole lines: entries
-// straight to memory would be a store per entry. Bound: memory; 32,768 rows of 1,024 with lists of 128: 50 MB.
+// A lane reads 16 columns at once, twice, and turns them into 32 bits; a scan over the lanes, both halves in one word,
+// says where its entries go. Lists of up to 256 entries are put together in shared memory and written as whole lines:
+// entries straight to memory would be a store per entry. Bound: memory; 32,768 rows of 1,024 with lists of 128: 50 MB.
 #include "selection/cuda_kernels.h"
 #include "selection/cuda_support.cuh"
 

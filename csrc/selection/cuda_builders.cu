@@ -1,9 +1,9 @@
 // Lists out of lists on the GPU: vertical and slash lines to blocks and columns, the union over a group of heads; the
 // inverse of an order, and the move of rows that follows one.
 //
-// Blocks are marked in a bitmap of one warp's own, which sorts them and drops duplicates. Vertical lines are sorted once
-// per head by counting, for each, those before it: V^2 comparisons, 1 million for 1,000 lines. Entries out of range are
-// passed over. Bound: reading and writing the lists; moved rows go at the speed of a copy.
+// Blocks are marked in a bitmap of one warp's own, which sorts them and drops duplicates. Vertical lines are sorted
+// once per head by counting, for each, those before it: V^2 comparisons, 1 million for 1,000 lines. Entries out of
+// range are passed over. Bound: reading and writing the lists; moved rows go at the speed of a copy.
 #include "selection/cuda_bitmap.cuh"
 #include "selection/cuda_kernels.h"
 
@@ -136,9 +136,7 @@ __global__ void permute_rows(PermuteTokens p, int units) {
   }
 }
 
-unsigned grid_of(int64_t threads) {
-  return unsigned(clamped(ceil_div<int64_t>(threads, kThreads), 1, 1 << 20));
-}
+unsigned grid_of(int64_t threads) { return unsigned(clamped(ceil_div<int64_t>(threads, kThreads), 1, 1 << 20)); }
 
 }  // namespace
 
@@ -152,12 +150,12 @@ Status vertical_slash(const VerticalSlash& a, const CudaContext& context) {
       return error(Status::Kind::unsupported, "vertical: %lld heads in all batches; CUDA takes 65535",
                    (long long)a.heads);
     }
-    launch(sort_verticals, dim3(unsigned(ceil_div<int64_t>(a.vertical_count, kThreads)), unsigned(a.heads)), kThreads, 0,
-           stream, a, sorted);
+    launch(sort_verticals, dim3(unsigned(ceil_div<int64_t>(a.vertical_count, kThreads)), unsigned(a.heads)), kThreads,
+           0, stream, a, sorted);
   }
   const int64_t rows = a.heads * ceil_div<int64_t>(a.len_q, a.block_q);
-  return launch_rows("vertical_slash_lists", rows, ceil_div<int64_t>(a.len_k, a.block_k), stream, vertical_slash_rows, a,
-                     static_cast<const int32_t*>(sorted));
+  return launch_rows("vertical_slash_lists", rows, ceil_div<int64_t>(a.len_k, a.block_k), stream, vertical_slash_rows,
+                     a, static_cast<const int32_t*>(sorted));
 }
 
 Status union_of_lists(const UnionLists& u, const CudaContext& context) {

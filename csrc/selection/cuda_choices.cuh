@@ -82,8 +82,7 @@ struct ChoiceRow {
 
   __device__ __forceinline__ ChoiceRow(const Choice& c, int64_t number) {
     scores = static_cast<const Element*>(c.scores) + number * c.columns;
-    weights =
-        c.weights ? c.weights + number / c.rows * c.weights_head + number % c.rows * c.weights_row : nullptr;
+    weights = c.weights ? c.weights + number / c.rows * c.weights_head + number % c.rows * c.weights_row : nullptr;
     limit = int(c.row_limit ? clamped(c.row_limit[number], 0, c.columns) : c.columns);
     sinks = int(c.sink < limit ? c.sink : limit);
     local = int(c.local < limit - sinks ? limit - c.local : sinks);

@@ -7,8 +7,8 @@
 // takes, and writes from there.
 //
 // top-k of a long row reads it once: the keys of a sample of 4,096 give a bound that somewhat more than k entries pass
-// (rank + 4 standard deviations); these are collected in shared memory, in any order, cut there, and marked in a bitmap,
-// whose set bits are the list. Where the sample misleads, the row is read again as above.
+// (rank + 4 standard deviations); these are collected in shared memory, in any order, cut there, and marked in a
+// bitmap, whose set bits are the list. Where the sample misleads, the row is read again as above.
 //
 // Bound: memory; 512 rows of 131,072 fp32 are 268 MB.
 #include <cmath>
@@ -32,7 +32,8 @@ struct Shared {
   CtaScratch scratch;
   uint64_t found_above, found_mass;
   uint32_t found_digit, candidates;
-  uint32_t segments[2][kThreads / kWarp];  // of each warp's segment: entries that are taken anyway, entries equal to the cut
+  uint32_t
+      segments[2][kThreads / kWarp];  // of each warp's segment: entries that are taken anyway, entries equal to the cut
 };
 
 /// A cut, how many entries are above it and their mass.
@@ -75,7 +76,8 @@ __device__ Found find_cut(uint64_t wanted, int64_t count, KeyAt key_at, const Un
       own_count += bins.counts[top - i];
       if constexpr (BY_MASS) own_mass += (uint64_t(bins.high[top - i]) << 32) + bins.low[top - i];
     }
-    uint64_t total, count_before = above + cta_scan<kThreads>(own_count, shared.scratch, &total), mass_before = above_mass;
+    uint64_t total, count_before = above + cta_scan<kThreads>(own_count, shared.scratch, &total),
+                    mass_before = above_mass;
     if constexpr (BY_MASS) mass_before += cta_scan<kThreads>(own_mass, shared.scratch, &total);
     const uint64_t before = BY_MASS ? mass_before : count_before, own = BY_MASS ? own_mass : own_count;
     if (before < wanted && wanted <= before + own) {  // in one thread
@@ -220,8 +222,8 @@ struct alignas(16) Vector {
   Element elements[size];
 };
 
-/// top-k of a row that is read once; false where the sample misled. Shared memory behind the histogram's counts: keys and
-/// indices of `call.candidates` entries, then two bitmaps of the row.
+/// top-k of a row that is read once; false where the sample misled. Shared memory behind the histogram's counts: keys
+/// and indices of `call.candidates` entries, then two bitmaps of the row.
 template <class Element>
 __device__ bool choose_by_sample(const ChoiceCall& call, int64_t number, const ChoiceRow<Element>& row, int64_t k,
                                  Histogram& bins, Shared& shared) {
@@ -313,7 +315,8 @@ __device__ bool choose_by_sample(const ChoiceCall& call, int64_t number, const C
   const int64_t found = shared.candidates;
   if (found > room || found < wanted) return false;
 
-  const Cut cut = find_cut<false>(uint64_t(wanted), found, [&](int64_t e) { return keys[e]; }, no_units, 3, bins, shared).cut;
+  const Cut cut =
+      find_cut<false>(uint64_t(wanted), found, [&](int64_t e) { return keys[e]; }, no_units, 3, bins, shared).cut;
   for (int e = int(threadIdx.x); e < found; e += kThreads) {
     uint32_t* map = keys[e] > cut.key ? sure : keys[e] == cut.key ? equal : nullptr;
     if (map) atomicOr(&map[indices[e] / 32], 1u << indices[e] % 32);
@@ -504,9 +507,7 @@ void run(ChoiceCall call, bool short_rows, cudaStream_t stream) {
 
 }  // namespace
 
-size_t choice_workspace(const Choice& c) {
-  return c.by_head ? size_t(c.heads) * (c.rows + 2) * sizeof(int64_t) : 0;
-}
+size_t choice_workspace(const Choice& c) { return c.by_head ? size_t(c.heads) * (c.rows + 2) * sizeof(int64_t) : 0; }
 
 Status choose_rows(const Choice& c, const CudaContext& context) {
   ChoiceCall call;

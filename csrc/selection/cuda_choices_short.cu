@@ -237,8 +237,8 @@ void run(const ChoiceCall& call, cudaStream_t stream) {
   const Choice& c = call.c;
   const auto grid = unsigned(ceil_div(c.heads * c.rows, int64_t(kWarps)));
   const bool by_mass = c.rule == ChoiceRule::top_p && !call.head.keys;
-  launch(by_mass ? choose_short<Element, ENTRIES, true> : choose_short<Element, ENTRIES, false>, grid, kWarps * kWarp, 0,
-         stream, call);
+  launch(by_mass ? choose_short<Element, ENTRIES, true> : choose_short<Element, ENTRIES, false>, grid, kWarps * kWarp,
+         0, stream, call);
 }
 
 template <class Element>

@@ -1,16 +1,16 @@
 // Column scores of few probe rows against many keys: up to 64 rows, 16-bit tensors, head dimensions up to 128.
 //
 // Two sweeps over the keys, cut into as many ranges as the card holds CTAs: one for the lse of each row, one for the
-// shares. A CTA has all rows of four query heads that share their keys: its warps hold 32 rows each as the second operand
-// of m16n8k16 in registers (64 of them), and the keys, 64 at a time through four stages of shared memory, are the first.
-// So a key is read once per sweep for four heads; and sums over rows run along registers, not across lanes.
+// shares. A CTA has all rows of four query heads that share their keys: its warps hold 32 rows each as the second
+// operand of m16n8k16 in registers (64 of them), and the keys, 64 at a time through four stages of shared memory, are
+// the first. So a key is read once per sweep for four heads; and sums over rows run along registers, not across lanes.
 //
-// Diagonals: 8 x 8 tiles of the accumulators on one diagonal of tiles have the same offsets inside, so they are added in
-// registers: 88 tiles become 11. What is left is sheared through shared memory: row g of a tile to places that no other
-// row writes, then 8 reads per diagonal. A tile finishes the 64 diagonals that no later key meets, and hands 31 on. Two
-// CTAs share the diagonals at the border of their ranges: both add to zeros, which has one result in either order.
-// That takes rows at consecutive positions, as the last rows of a prompt are: columns_fit says so on the device, and
-// where they are not, cuda_rows_sm80.cu's fold does the work instead.
+// Diagonals: 8 x 8 tiles of the accumulators on one diagonal of tiles have the same offsets inside, so they are added
+// in registers: 88 tiles become 11. What is left is sheared through shared memory: row g of a tile to places that no
+// other row writes, then 8 reads per diagonal. A tile finishes the 64 diagonals that no later key meets, and hands 31
+// on. Two CTAs share the diagonals at the border of their ranges: both add to zeros, which has one result in either
+// order. That takes rows at consecutive positions, as the last rows of a prompt are: columns_fit says so on the device,
+// and where they are not, cuda_rows_sm80.cu's fold does the work instead.
 //
 // Bound: products; 64 rows, 131,072 keys, 32 heads, D = 128: 2 x 69 GFLOP, of which mma.sync does 390 to 450 a ms.
 #include <algorithm>
@@ -43,7 +43,8 @@ class KeyStream {
  public:
   using L = Layout<DIM>;
 
-  __device__ __forceinline__ KeyStream(const Element* keys, int64_t stride, int first, int end, int dim, uint32_t memory)
+  __device__ __forceinline__ KeyStream(const Element* keys, int64_t stride, int first, int end, int dim,
+                                       uint32_t memory)
       : keys_(keys), stride_(stride), first_(first), end_(end), dim_(dim), memory_(memory) {
     for (int tile = 0; tile < kStages - 1; ++tile) load(tile);
   }
@@ -74,8 +75,8 @@ class KeyStream {
   uint32_t memory_;
 };
 
-/// What a warp is: 32 rows of a head. Accumulator c[i][j][e] is key 16 i + lane / 4 + 8 (e / 2), row 8 j + 2 (lane % 4) +
-/// e % 2.
+/// What a warp is: 32 rows of a head. Accumulator c[i][j][e] is key 16 i + lane / 4 + 8 (e / 2), row 8 j + 2 (lane % 4)
+/// + e % 2.
 template <class Element, int DIM>
 struct Probes {
   uint32_t query[DIM / 16][kHalf / 8][2];  // second operands
@@ -117,8 +118,8 @@ struct Probes {
 struct ColumnCall {
   ColumnScores p;
   int ranges = 1, keys_each = 0;  // keys of a range: a multiple of kKeys
-  float2* parts = nullptr;        // [batch, heads_q, 64, ranges]: highest score (in units of log 2), sum of 2^(score - it)
-  const int* fits = nullptr;      // [batch]
+  float2* parts = nullptr;    // [batch, heads_q, 64, ranges]: highest score (in units of log 2), sum of 2^(score - it)
+  const int* fits = nullptr;  // [batch]
 };
 
 /// The range and heads of a CTA: grid (ranges, head quads, batch * key heads).
@@ -150,8 +151,8 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_for_lse(ColumnCall call) {
   const float unit = p.scale * kLog2e;
   const int first_row = work.half * kHalf, position = positions[0] + first_row;  // of this warp's first row
   Probes<Element, DIM> probes;
-  probes.load(rows_of<Element>(p.query, work.b, max(work.h, 0), min(first_row, int(p.len_q) - 1)), p.query.row, work.rows,
-              p.head_dim);
+  probes.load(rows_of<Element>(p.query, work.b, max(work.h, 0), min(first_row, int(p.len_q) - 1)), p.query.row,
+              work.rows, p.head_dim);
   KeyStream<Element, DIM> stream(rows_of<Element>(p.key, work.b, work.kv_head, 0), p.key.row, work.first, work.end,
                                  p.head_dim, shared_address(dynamic_shared));
   float highest[kHalf / 8][2], total[kHalf / 8][2];
@@ -245,8 +246,8 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_for_shares(ColumnCall call)
   auto* columns = reinterpret_cast<float*>(dynamic_shared + L::kColumnsAt);
   auto* done = reinterpret_cast<float*>(dynamic_shared + L::kDoneAt);
   Probes<Element, DIM> probes;
-  probes.load(rows_of<Element>(p.query, work.b, max(work.h, 0), min(first_row, int(p.len_q) - 1)), p.query.row, work.rows,
-              p.head_dim);
+  probes.load(rows_of<Element>(p.query, work.b, max(work.h, 0), min(first_row, int(p.len_q) - 1)), p.query.row,
+              work.rows, p.head_dim);
   float lse[kHalf / 8][2];
 #pragma unroll
   for (int j = 0; j < kHalf / 8; ++j) {
@@ -412,7 +413,9 @@ const int* score_few_columns(const ColumnScores& p, const CudaContext& context, 
   call.p = p;
   set_ranges(&call, p, context.multiprocessors);
   call.parts = static_cast<float2*>(workspace);
-  auto* fits = reinterpret_cast<int*>(static_cast<char*>(workspace) + padded_bytes(p.batch * p.heads_q * 2 * kHalf * call.ranges * int64_t(sizeof(float2))));
+  auto* fits =
+      reinterpret_cast<int*>(static_cast<char*>(workspace) +
+                             padded_bytes(p.batch * p.heads_q * 2 * kHalf * call.ranges * int64_t(sizeof(float2))));
   call.fits = fits;
   launch(columns_fit, unsigned(p.batch), 2 * kHalf, 0, stream, p, fits);
   cudaMemsetAsync(p.diagonals, 0, size_t(p.batch * p.heads_q * p.len_k) * sizeof(float), stream);

@@ -17,8 +17,8 @@ Status score_blocks_backward(const BlockScoresBackward& arguments, const CudaCon
 size_t block_scores_backward_workspace(const BlockScoresBackward& arguments, const CudaContext& context);
 Status score_columns(const ColumnScores& arguments, const CudaContext& context);
 size_t column_scores_workspace(const ColumnScores& arguments, const CudaContext& context);
-// cuda_columns_sm80.cu: whether it takes the problem; what it returns says, per batch entry and on the device, whether it
-// did (its rows stand at consecutive positions).
+// cuda_columns_sm80.cu: whether it takes the problem; what it returns says, per batch entry and on the device, whether
+// it did (its rows stand at consecutive positions).
 bool few_columns(const ColumnScores& arguments);
 size_t few_columns_workspace(const ColumnScores& arguments, const CudaContext& context);
 const int* score_few_columns(const ColumnScores& arguments, const CudaContext& context, void* workspace);

@@ -5,8 +5,8 @@
 //
 // row_scores: a CTA has 128 keys of one head and goes over the rows, 64 at a time, in order: every sum has one order.
 // column_scores: first the lse of the probe rows, a CTA per 64 of them, which goes over the keys; then the same fold.
-// Shares go to their diagonals as whole numbers of 2^-shift, by atomics: sums do not depend on the order, and are exact.
-// Bound: tiles of scores (cuda_score_tiles.cuh), twice for column_scores.
+// Shares go to their diagonals as whole numbers of 2^-shift, by atomics: sums do not depend on the order, and are
+// exact. Bound: tiles of scores (cuda_score_tiles.cuh), twice for column_scores.
 #include <algorithm>
 #include <cmath>
 
@@ -35,8 +35,7 @@ __device__ __forceinline__ void fold_tile(const RowFold& call, int key_tile) {
   const auto* key = rows_of<Element>(p.key, b, kv_head, span.k_begin + first);
   const auto* lse = static_cast<const float*>(p.lse) + int64_t(head) * p.len_q;
   const int32_t* positions = p.query_positions ? p.query_positions + b * p.query_positions_batch : nullptr;
-  unsigned long long* diagonals =
-      call.diagonals ? call.diagonals + int64_t(head) * p.len_k + span.k_begin : nullptr;
+  unsigned long long* diagonals = call.diagonals ? call.diagonals + int64_t(head) * p.len_k + span.k_begin : nullptr;
 
   float folded[Tile::kKeys / 8][2];
 #pragma unroll
@@ -60,8 +59,7 @@ __device__ __forceinline__ void fold_tile(const RowFold& call, int key_tile) {
     }
     if (!__syncthreads_or(sees)) continue;
     tile.multiply(
-        1, p.head_dim, call.vectors,
-        [&](int r, int) { return rows[r] >= 0 ? query + rows[r] * p.query.row : nullptr; },
+        1, p.head_dim, call.vectors, [&](int r, int) { return rows[r] >= 0 ? query + rows[r] * p.query.row : nullptr; },
         [&](int n, int) { return n < keys ? key + n * p.key.row : nullptr; }, dynamic_shared);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -120,8 +118,8 @@ __global__ void __launch_bounds__(ScoreTile<Element>::kThreads) fold_rows(RowFol
 
 /// grid (64 rows, heads): lse[row] over the keys that the row sees, -inf where there is none.
 template <class Element>
-__global__ void __launch_bounds__(ScoreTile<Element>::kThreads) lse_of_rows(ColumnScores p, Spans spans, bool vectors,
-                                                                            const int* done, float* lse) {
+__global__ void __launch_bounds__(ScoreTile<Element>::kThreads)
+    lse_of_rows(ColumnScores p, Spans spans, bool vectors, const int* done, float* lse) {
   using Tile = ScoreTile<Element>;
   extern __shared__ __align__(128) unsigned char dynamic_shared[];
   const int head = blockIdx.y, b = head / int(p.heads_q), h = head % int(p.heads_q);
@@ -151,8 +149,7 @@ __global__ void __launch_bounds__(ScoreTile<Element>::kThreads) lse_of_rows(Colu
   for (int start = 0; start <= last; start += Tile::kKeys) {
     tile.multiply(
         1, p.head_dim, vectors, [&](int r, int) { return r < rows ? query + r * p.query.row : nullptr; },
-        [&](int n, int) { return start + n < span.len_k() ? key + (start + n) * p.key.row : nullptr; },
-        dynamic_shared);
+        [&](int n, int) { return start + n < span.len_k() ? key + (start + n) * p.key.row : nullptr; }, dynamic_shared);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float most = highest[i];

@@ -2,8 +2,8 @@
 //
 // Both operands come through shared memory in stages of 128 bytes of a row (64 elements of 16 bits, 32 of fp32), one
 // stage ahead of the products, so that any head dimension fits. 16-bit operands are multiplied exactly and summed in
-// fp32; fp32 ones as three tf32 products (common/cuda/mma.cuh). Rows and keys are given by functions of their number, so
-// that gathered rows, means of blocks and antidiagonals take the same path. Source of the layout: common/cuda.
+// fp32; fp32 ones as three tf32 products (common/cuda/mma.cuh). Rows and keys are given by functions of their number,
+// so that gathered rows, means of blocks and antidiagonals take the same path. Source of the layout: common/cuda.
 //
 // Bound: 64 FLOP per byte of L2, 350 TFLOP/s of 16-bit products.
 #pragma once
@@ -28,7 +28,8 @@ class ScoreTile {
   __device__ __forceinline__ static int key_of(int j, int i) { return j * 8 + lane_of() % 4 * 2 + i % 2; }
 
   /// Sums over `segments` of row_at(r, segment) . key_at(n, segment), vectors of `dim` elements, or null for zeros.
-  /// `vectors`: they begin at multiples of 16 bytes and are as long. All threads call; shared memory is free afterwards.
+  /// `vectors`: they begin at multiples of 16 bytes and are as long. All threads call; shared memory is free
+  /// afterwards.
   template <class RowAt, class KeyAt>
   __device__ __forceinline__ void multiply(int segments, int dim, bool vectors, RowAt row_at, KeyAt key_at,
                                            unsigned char* memory) {

@@ -1,5 +1,5 @@
-// Checks the arguments of the selection ops on CUDA and calls their kernels. Nothing here or there waits for the device:
-// what index tensors and cu_seqlens hold is clamped or passed over where it is read.
+// Checks the arguments of the selection ops on CUDA and calls their kernels. Nothing here or there waits for the
+// device: what index tensors and cu_seqlens hold is clamped or passed over where it is read.
 #include <climits>
 
 #include "selection/cuda_kernels.h"
@@ -26,10 +26,11 @@ Status check_problem(const AttentionProblem& p) {
     return error(Kind::unsupported, "query is float64; supported on CUDA: float32, float16, bfloat16");
   }
   if (p.len_q > kMostRows || p.len_k > kMostRows || p.batch * p.heads_q > kMostHeads) {
-    return error(Kind::unsupported,
-                 "query has %lld rows, key %lld, in %lld heads of all batches; supported on CUDA: %lld rows, %lld heads",
-                 (long long)p.len_q, (long long)p.len_k, (long long)(p.batch * p.heads_q), (long long)kMostRows,
-                 (long long)kMostHeads);
+    return error(
+        Kind::unsupported,
+        "query has %lld rows, key %lld, in %lld heads of all batches; supported on CUDA: %lld rows, %lld heads",
+        (long long)p.len_q, (long long)p.len_k, (long long)(p.batch * p.heads_q), (long long)kMostRows,
+        (long long)kMostHeads);
   }
   return {};
 }
@@ -90,8 +91,8 @@ Status choose(const Choice& arguments, const CudaContext& context) {
   Status status = check_choice(arguments);
   const int64_t rows = arguments.heads * arguments.rows;
   if (status.ok() && (arguments.columns > kMostRows || rows > INT32_MAX)) {
-    status = error(Kind::unsupported, "scores has %lld rows of %lld; supported on CUDA: %d rows of %lld", (long long)rows,
-                   (long long)arguments.columns, INT32_MAX, (long long)kMostRows);
+    status = error(Kind::unsupported, "scores has %lld rows of %lld; supported on CUDA: %d rows of %lld",
+                   (long long)rows, (long long)arguments.columns, INT32_MAX, (long long)kMostRows);
   }
   return run(status, arguments, context, cuda::choose_rows);
 }

@@ -7,7 +7,9 @@ namespace sparsekit {
 namespace {
 
 struct CudaSelection {
-  static void run(const BlockScores& s, const Tensor& t) { scratched(s, t, static_cast<Run<BlockScores>>(block_scores)); }
+  static void run(const BlockScores& s, const Tensor& t) {
+    scratched(s, t, static_cast<Run<BlockScores>>(block_scores));
+  }
   static void run(const BlockScoresBackward& s, const Tensor& t) {
     scratched(s, t, static_cast<Run<BlockScoresBackward>>(block_scores_backward));
   }
