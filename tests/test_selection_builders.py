@@ -79,12 +79,12 @@ def test_vertical_slash(device, lengths, block, lines, capacity, number):
 
 def test_lines_chosen_from_columns_and_diagonals(device):
     """MInference's search: probe rows, their columns and diagonals, the best of both, lists for attention."""
-    query, key = torch.randn(1, 4, 300, 16, device=device), torch.randn(1, 2, 300, 16, device=device)
+    query, key = torch.randn(1, 4, 300, 32, device=device), torch.randn(1, 2, 300, 32, device=device)
     columns, diagonals = selection.column_scores(query[:, :, -64:], key, torch.arange(236, 300, device=device))
     vertical, _ = selection.select_top_k(columns, 20)
     slash, _ = selection.select_top_k(diagonals, 8, sink=1)
-    lists = selection.vertical_slash_lists(vertical, slash, 32, (300, 300))
-    pattern = BlockPattern.from_indices(lists.indices, lists.counts, 32, seq_lengths=(300, 300), causal=True)
+    lists = selection.vertical_slash_lists(vertical, slash, 64, (300, 300))
+    pattern = BlockPattern.from_indices(lists.indices, lists.counts, 64, seq_lengths=(300, 300), causal=True)
     assert pattern.to_dense().diagonal(dim1=-2, dim2=-1).all()  # the slash at distance 0
     assert sparsekit.block_sparse_attention(query, key, key, pattern).isfinite().all()
 

@@ -64,7 +64,7 @@ def scorer(request):
 
 def run(backend, function, *args, **options):
     def moved(x):
-        return x.to(backend.device) if isinstance(x, torch.Tensor) else x
+        return x.to(backend.device) if isinstance(x, torch.Tensor | sparsekit.BlockPattern) else x
 
     with backend.forced():
         result = function(*map(moved, args), **{k: moved(v) for k, v in options.items()})

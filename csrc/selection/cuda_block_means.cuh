@@ -15,6 +15,8 @@ struct BlockMeans {
   float* diagonal = nullptr;  // [batch, heads_q, q_blocks]: sums over the pairs of the one block that causality cuts,
                               // or null where that is not one block per row, from corner to corner
   int64_t k_blocks = 0;
+  // The means as sums of three bf16 numbers, the greatest first: [3][as above].
+  __nv_bfloat16 *q_parts = nullptr, *k_parts = nullptr;
 };
 constexpr int kTileBlocks = 64;
 

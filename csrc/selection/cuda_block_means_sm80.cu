@@ -3,11 +3,14 @@
 //   mean over pairs of scale * q_i . k_j = scale * (mean q) . (mean k)
 //   a block that causality cuts: sum over i of q_i . (sum of the k_j that row i sees), a running sum of keys
 //
-// First the means, then their products in tiles (cuda_score_tiles.cuh, fp32). Where query and key blocks are of one
-// size and lie on the diagonal, each query block has one cut block, and one CTA averages a key block and the query
-// blocks of all heads that share it: every thread holds 16 bytes of 8 keys, adds them up as it goes along its 8 rows,
-// and what lies in the rows of other threads comes in as (sum of own q) . (sum of earlier keys). So query and key are
-// read once. Any other cut block is summed by a CTA of its own row of blocks, from L2.
+// First the means, then their products in tiles (cuda_score_tiles.cuh): each mean is the sum of three bf16 numbers, 24
+// bits, and a product that of the six products of parts that are not below 2^-24 of it. (As three tf32 products, the
+// splitting in every warp took 0.5 ms for 1,024 x 1,024 blocks of 32 heads, as long as reading query and key.) Where
+// query and key blocks are of one size and lie on the diagonal, each query block has one cut block, and one CTA
+// averages a key block and the query blocks of all heads that share it: every thread holds 16 bytes of 8 keys, adds
+// them up as it goes along its 8 rows, and what lies in the rows of other threads comes in as (sum of own q) . (sum of
+// earlier keys). So query and key are read once. Any other cut block is summed by a CTA of its own row of blocks, from
+// L2.
 //
 // Bound: memory; 131,072 tokens, 32 heads over 8, D = 128, bf16: 1.34 GB.
 #include "selection/cuda_block_means.cuh"
@@ -235,18 +238,20 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int width = shares.lanes * size, first = group * kRowsEach, own = int(threadIdx.x) * size;
   const bool used = lane * size < dim;
 
-  Piece<Element> key[kRowsEach];
+  __shared__ uint4 key[kRowsEach][kThreads];  // each thread its own: registers are for two heads' queries
   const Element* keys_from = rows_of<Element>(p.key, b, kv_head, int64_t(max(n, 0)) * block) + lane * size;
 #pragma unroll
   for (int r = 0; r < kRowsEach; ++r) {
-    key[r].load(keys_from + int64_t(first + r) * p.key.row, used && first + r < keys);
+    Piece<Element> piece;
+    piece.load(keys_from + int64_t(first + r) * p.key.row, used && first + r < keys);
+    key[r][threadIdx.x] = piece.bits;
   }
   {
     float sum[size] = {};
 #pragma unroll
     for (int r = 0; r < kRowsEach; ++r) {
       float x[size];
-      key[r].widen(x);
+      Piece<Element>{key[r][threadIdx.x]}.widen(x);
 #pragma unroll
       for (int i = 0; i < size; ++i) sum[i] += x[i];
     }
@@ -270,13 +275,17 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int i = 0; i < size; ++i) before[i] = parts[own + i];
   __syncthreads();
 
-  for (int h = kv_head * heads_each; h < (kv_head + 1) * heads_each; ++h) {
+  auto load = [&](int h, Piece<Element>(&to)[kRowsEach]) {
     const Element* rows_from = rows_of<Element>(p.query, b, h, int64_t(m) * block) + lane * size;
-    Piece<Element> query[kRowsEach];
 #pragma unroll
     for (int r = 0; r < kRowsEach; ++r) {
-      query[r].load(rows_from + int64_t(first + r) * p.query.row, used && first + r < rows);
+      to[r].load(rows_from + int64_t(first + r) * p.query.row, used && first + r < rows);
     }
+  };
+  Piece<Element> query[kRowsEach], next[kRowsEach];
+  load(kv_head * heads_each, query);
+  for (int h = kv_head * heads_each; h < (kv_head + 1) * heads_each; ++h) {
+    if (h + 1 < (kv_head + 1) * heads_each) load(h + 1, next);  // under way while this head is summed
     float sum[size] = {}, seen[size], product = 0.f;
 #pragma unroll
     for (int i = 0; i < size; ++i) seen[i] = before[i];
@@ -284,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int r = 0; r < kRowsEach; ++r) {
       float q[size], k[size];
       query[r].widen(q);
-      key[r].widen(k);
+      Piece<Element>{key[r][threadIdx.x]}.widen(k);
       float here = 0.f;
 #pragma unroll
       for (int i = 0; i < size; ++i) {
@@ -307,6 +316,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       means.diagonal[result] = x;
     }
     __syncthreads();
+#pragma unroll
+    for (int r = 0; r < kRowsEach; ++r) query[r] = next[r];
   }
 }
 
@@ -349,10 +360,27 @@ void find_means(const BlockScores& p, BlockMeans* means, bool diagonal, cudaStre
 
 // ---- scores
 
+/// Each number as the sum of three of 8 bits.
+__global__ void split_means(const float* from, __nv_bfloat16* to, int64_t count) {
+  for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += int64_t(gridDim.x) * blockDim.x) {
+    float rest = from[at];
+#pragma unroll
+    for (int part = 0; part < 3; ++part) {
+      const __nv_bfloat16 here = __float2bfloat16_rn(rest);
+      to[part * count + at] = here;
+      rest = fabsf(widened(here)) < __builtin_huge_valf() ? rest - widened(here) : 0.f;
+    }
+  }
+}
+
+/// The parts of both factors of product `i` of 6, the small ones first.
+__device__ __forceinline__ int q_part(int i) { return i == 0 ? 2 : i == 2 || i == 3 ? 1 : 0; }
+__device__ __forceinline__ int k_part(int i) { return i == 1 ? 2 : i == 2 || i == 4 ? 1 : 0; }
+
 /// grid (128 key blocks, 64 query blocks, heads): products of means. Cut blocks: from the diagonal's sums, or left to
 /// score_cut_blocks.
-__global__ void __launch_bounds__(ScoreTile<float>::kThreads) multiply_means(BlockScores p, BlockMeans means) {
-  using Tile = ScoreTile<float>;
+__global__ void __launch_bounds__(ScoreTile<__nv_bfloat16>::kThreads) multiply_means(BlockScores p, BlockMeans means) {
+  using Tile = ScoreTile<__nv_bfloat16>;
   extern __shared__ __align__(128) unsigned char dynamic_shared[];
   const int head = blockIdx.z, b = head / int(p.heads_q), h = head % int(p.heads_q);
   const int kv_head = h / int(p.heads_q / p.heads_kv), dim = p.head_dim;
@@ -370,13 +398,16 @@ __global__ void __launch_bounds__(ScoreTile<float>::kThreads) multiply_means(Blo
   Tile tile;
   const bool any = first_n < last.seen && first_n < blocks;
   if (any) {
-    const float* q = means.q_means + row * dim;
-    const float* k =
-        means.k_means + ((int64_t(b) * p.heads_kv + kv_head) * means.k_blocks + span.k_block + first_n) * dim;
+    const int64_t k_row = (int64_t(b) * p.heads_kv + kv_head) * means.k_blocks + span.k_block + first_n;
+    const int64_t q_count = p.batch * p.heads_q * p.q_blocks * dim,
+                  k_count = p.batch * p.heads_kv * means.k_blocks * dim;
+    const __nv_bfloat16* q = means.q_parts + row * dim;
+    const __nv_bfloat16* k = means.k_parts + k_row * dim;
     const int fit_k = int(min(int64_t(blocks - first_n), means.k_blocks - span.k_block - first_n));
+    const bool vectors = dim % 8 == 0;
     tile.multiply(
-        1, dim, dim % 4 == 0, [&](int r, int) { return r < fit ? q + int64_t(r) * dim : nullptr; },
-        [&](int n, int) { return n < fit_k ? k + int64_t(n) * dim : nullptr; }, dynamic_shared);
+        6, dim, vectors, [&](int r, int i) { return r < fit ? q + q_part(i) * q_count + int64_t(r) * dim : nullptr; },
+        [&](int n, int i) { return n < fit_k ? k + k_part(i) * k_count + int64_t(n) * dim : nullptr; }, dynamic_shared);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -446,7 +477,9 @@ void fill(float* to, int64_t count, float value, cudaStream_t stream) {
 size_t block_means_bytes(const BlockScores& p) {
   return 2 * spans_bytes(p) + padded_bytes(p.batch * p.heads_q * p.q_blocks * p.head_dim * 4) +
          padded_bytes(p.batch * p.heads_kv * p.k_blocks() * p.head_dim * 4) +
-         padded_bytes(p.batch * p.heads_q * p.q_blocks * 4);
+         padded_bytes(p.batch * p.heads_q * p.q_blocks * 4) +
+         padded_bytes(p.batch * p.heads_q * p.q_blocks * p.head_dim * 6) +
+         padded_bytes(p.batch * p.heads_kv * p.k_blocks() * p.head_dim * 6);
 }
 
 BlockMeans block_means_of(const BlockScores& p, void* workspace) {
@@ -464,6 +497,10 @@ BlockMeans block_means_of(const BlockScores& p, void* workspace) {
   means.q_means = reinterpret_cast<float*>(take(padded_bytes(p.batch * p.heads_q * p.q_blocks * p.head_dim * 4)));
   means.k_means = reinterpret_cast<float*>(take(padded_bytes(p.batch * p.heads_kv * means.k_blocks * p.head_dim * 4)));
   means.diagonal = reinterpret_cast<float*>(take(padded_bytes(p.batch * p.heads_q * p.q_blocks * 4)));
+  const int64_t q_count = p.batch * p.heads_q * p.q_blocks * p.head_dim;
+  const int64_t k_count = p.batch * p.heads_kv * means.k_blocks * p.head_dim;
+  means.q_parts = reinterpret_cast<__nv_bfloat16*>(take(padded_bytes(q_count * 6)));
+  means.k_parts = reinterpret_cast<__nv_bfloat16*>(take(padded_bytes(k_count * 6)));
   return means;
 }
 
@@ -484,14 +521,21 @@ Status score_block_means(const BlockScores& p, const CudaContext& context) {
   const int64_t heads = p.batch * p.heads_q;
   if (p.q_blocks == 0 || p.key_blocks == 0) return launched("block_scores");
   if (p.packed()) fill(static_cast<float*>(p.scores), heads * p.q_blocks * p.key_blocks, -kInfinity, stream);
+  const auto split = [&](const float* from, __nv_bfloat16* to, int64_t count) {
+    const int64_t ctas = clamped(ceil_div<int64_t>(count, 1024), 1, 8192);
+    launch(split_means, unsigned(ctas), 256, 0, stream, from, to, count);
+  };
+  split(means.q_means, means.q_parts, heads * p.q_blocks * p.head_dim);
+  split(means.k_means, means.k_parts, p.batch * p.heads_kv * means.k_blocks * p.head_dim);
   const int64_t row_tiles = tiles_of(p.len_q, int64_t(p.lists.block_q) * kTileBlocks, p);
   if (row_tiles > 65535) {
     return error(Status::Kind::unsupported, "block_scores: %lld blocks of queries; CUDA takes 4194240",
                  (long long)p.q_blocks);
   }
   launch(multiply_means,
-         dim3(unsigned(ceil_div<int64_t>(p.key_blocks, ScoreTile<float>::kKeys)), unsigned(row_tiles), unsigned(heads)),
-         ScoreTile<float>::kThreads, ScoreTile<float>::kBytes, stream, p, means);
+         dim3(unsigned(ceil_div<int64_t>(p.key_blocks, ScoreTile<__nv_bfloat16>::kKeys)), unsigned(row_tiles),
+              unsigned(heads)),
+         ScoreTile<__nv_bfloat16>::kThreads, ScoreTile<__nv_bfloat16>::kBytes, stream, p, means);
   if (p.causal && !means.diagonal) {
     const dim3 grid(unsigned(p.q_blocks), unsigned(heads));
     switch (p.dtype) {

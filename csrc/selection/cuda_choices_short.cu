@@ -136,9 +136,16 @@ __global__ void __launch_bounds__(kWarps* kWarp, 4) choose_short(ChoiceCall call
   all.spare = spare[warp_of()];
   float values[ENTRIES];
 #pragma unroll
-  for (int i = 0; i < ENTRIES; ++i) {
+  for (int i = 0; i < ENTRIES; ++i) {  // all loads under way at once: nothing else stands between them
     const int j = i * kWarp + lane;
-    values[i] = j < row.limit ? row.value(j) : -__builtin_huge_valf();
+    values[i] = j < row.limit ? widened(row.scores[j]) : -__builtin_huge_valf();
+  }
+  if (row.weights) {
+#pragma unroll
+    for (int i = 0; i < ENTRIES; ++i) {
+      const int j = i * kWarp + lane;
+      if (j < row.limit) values[i] *= row.weights[j];
+    }
   }
   uint32_t forced = 0, highest = kNever, highest_forced = kNever, eligible = 0;  // forced: bit i for entry i
 #pragma unroll

@@ -118,7 +118,7 @@ def block_scores(tokens: int, reduce: str):
 
 
 def choice(tokens: int, p: float):
-    """All of it: block scores, top-p, the pattern. Beside it the dense attention that the pattern is to save."""
+    """Block scores, their softmax, and the lists of top-p. Beside it the dense attention that the lists are to save."""
 
     def make(device, scale):
         query, key = _query_key(tokens // scale, device)
@@ -128,8 +128,7 @@ def choice(tokens: int, p: float):
 
         def ours():
             probs = selection.block_scores(query, key, 128, causal=True).softmax(-1)
-            lists = selection.select_top_p(probs, p, sink=1, local=1, row_limit=limits)
-            return sparsekit.BlockPattern.from_indices(*lists, 128, seq_lengths=lengths, causal=True)
+            return selection.select_top_p(probs, p, sink=1, local=1, row_limit=limits)
 
         def dense():
             return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
