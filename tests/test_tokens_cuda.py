@@ -218,7 +218,7 @@ def test_more_tensors_than_one_launch_takes():
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("samples, tokens, dim", [(40, 576, 24), (1, 1500, 72), (3, 640, 200)])
+@pytest.mark.parametrize("samples, tokens, dim", [(40, 576, 24), (1, 1500, 72), (1, 2600, 8), (3, 640, 200)])
 def test_match_on_every_tile(dtype, samples, tokens, dim):
     metric = random(samples, tokens, dim, dtype=dtype)
     for protect in (0, 7):

@@ -1,14 +1,15 @@
 // Keeps some rows of a cache, in place: row j of a sample becomes row keep[j].
 //
 // Rows only move towards the beginning, as the list ascends: keep[j] >= j. So a block that owns some columns of one
-// (sample, head, tensor) goes through the list in batches: it reads the rows of a batch into registers, waits for all of
-// its threads (barrier), and writes them. What a batch writes, rows j .. j + batch - 1, no later batch reads, as that
-// reads rows >= j + batch; and other blocks own other columns. No scratch, no second pass over the cache.
+// (sample, head, tensor) goes through the list in batches: it reads the rows of a batch into registers, waits for all
+// of its threads (barrier), and writes them. What a batch writes, rows j .. j + batch - 1, no later batch reads, as
+// that reads rows >= j + batch; and other blocks own other columns. No scratch, no second pass over the cache.
 //
-// The list of a sample ends before its first entry that is -1, names no row in use, or does not ascend; a row whose page
-// does not exist is not moved. A first kernel finds that end (and updates lengths, which nothing reads afterwards).
+// The list of a sample ends before its first entry that is -1, names no row in use, or does not ascend; a row whose
+// page does not exist is not moved. A first kernel finds that end (and updates lengths, which nothing reads
+// afterwards).
 //
-// Tiling: 512 threads = columns x rows; a slice of columns is 64 bytes or more, as narrow as it takes to have two blocks
+// Tiling: 512 threads = columns x rows; a slice of columns is 64 bytes or more, as narrow as it takes to have a block
 // per multiprocessor. kBatch rows per thread are in flight. Bound: memory, each kept row is read and written once.
 #include <algorithm>
 #include <initializer_list>
@@ -111,7 +112,7 @@ __device__ void move_slice(const Compact& c, const Part& part, int64_t s, int64_
   }
 }
 
-__global__ void __launch_bounds__(kThreads) compact(const __grid_constant__ Moves a) {
+__global__ void __launch_bounds__(kThreads, 2) compact(const __grid_constant__ Moves a) {
   int i = 0;
   while (i + 1 < a.tensors && int64_t(blockIdx.x) >= a.part[i + 1].first_block) ++i;
   const Part& part = a.part[i];
@@ -160,7 +161,7 @@ Status compact_rows(const CompactRows& c, const CudaContext& context) {
               vector_bytes({&view})};
     part.vectors = cache.row_bytes / part.vector_bytes;
     // At least 64 bytes (two sectors) and at most 512 threads across; narrower where blocks are few.
-    const int64_t least = std::max(1, 64 / part.vector_bytes), wanted = 2 * std::max(1, context.multiprocessors);
+    const int64_t least = std::max(1, 64 / part.vector_bytes), wanted = std::max(1, context.multiprocessors);
     const int64_t others = std::max<int64_t>(1, c.samples * c.heads * c.tensors);
     int64_t columns = std::min<int64_t>(part.vectors, kThreads);
     while (columns / 2 >= least && others * ((part.vectors + columns - 1) / columns) < wanted) columns /= 2;

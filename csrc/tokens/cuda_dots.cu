@@ -3,9 +3,9 @@
 //   sum[e] = sum over tensors and outers of <grad_out[s, o, n], in[s, o, k] - minus[s, o, n]>,   n = index[s, k, m]
 //   add: sum      mean (minus = out): sum / total[n], 0 where total is 0     both: + grad_totals[n]
 //
-// Tiling: a warp per entry; each lane adds its vectors of all tensors in their order, then the lanes are added as a tree:
-// the same bits in every run. Bound: memory, two or three rows per entry. fp32 sums (float64 where a tensor or the
-// weights are).
+// Tiling: a warp per entry; each lane adds its vectors of all tensors in their order, then the lanes are added as a
+// tree: the same bits in every run. Bound: memory, two or three rows per entry. fp32 sums (float64 where a tensor or
+// the weights are).
 #include <initializer_list>
 
 #include "tokens/cuda_implementations.h"

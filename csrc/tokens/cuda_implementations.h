@@ -43,8 +43,8 @@ Status plan_scatter_backward(const ScatterTokens& t, const CudaContext& context,
 
 /// The search of bipartite_match on tensor cores (null: it takes the metric), and what follows it.
 struct MatchSearch {
-  float* best = nullptr;      // [samples, sources]
-  int32_t* target = nullptr;  // [samples, sources]
+  float* best = nullptr;       // [samples, sources]
+  int32_t* target = nullptr;   // [samples, sources]
   int32_t* inexact = nullptr;  // [samples, tiles]: not 0 where a length left fp32; search again
   int64_t sources = 0, tiles = 0;
 };

@@ -4,14 +4,15 @@
 //
 // Tiling: a CTA owns `Tile::sources` even tokens of a sample and goes through the odd ones in panels. Both are read in
 // steps of 128 bytes of each row through a ring of stages in shared memory (cp.async), all products of the tile wait in
-// registers. The squares of the lengths are summed from the same stages, a thread per row, so the metric is read from
-// memory once and normalised never: after the last step a product is multiplied with 1 / |m_2j+1|, compared with the
-// best so far and dropped. No matrix of similarities exists.
-//   large   144 x 288, 12 warps of 48 x 72: 576 tokens are two tiles of one panel; 110 MB from L2 for 64 x 576 x 1024 in
+// registers. The squares of the lengths are summed from the same stages between the products, so the metric is read
+// from memory once and normalised never: after the last step a product is multiplied with 1 / |m_2j+1|, compared with
+// the best so far and dropped. No matrix of similarities exists.
+//   large   144 x 288, 12 warps of 48 x 72: 576 tokens are two tiles of one panel; 110 MB from L2 for 64 x 576 x 1024
+//   in
 //           bf16, where tiles of 64 x 96 take 310 MB
 //   small   64 x 128, 8 warps of 32 x 32: short sequences, and cards with less shared memory
-// Bound: tensor cores (mma.sync reaches 62 % of Hopper's peak: 20 us for 64 x 576 x 1024) and the one read of the metric
-// (18 us), one under the other.
+// Bound: tensor cores (mma.sync reaches 62 % of Hopper's peak: 20 us for 64 x 576 x 1024) and the one read of the
+// metric (18 us), one under the other.
 //
 // Precision: products of 16-bit numbers are exact and added in fp32; fp32 goes through three tf32 products
 // (common/cuda/mma.cuh). Squares leave fp32 beyond 1e+-9 or so of length: a tile that meets such a row (or NaN, or
@@ -37,33 +38,48 @@ struct Tile {
   static constexpr int rows = sources + panel;
   static constexpr int stage_bytes = rows * kStepBytes;
   static constexpr int copies = rows * kStepChunks / threads;  // of 16 bytes, per thread and step
-  static constexpr int norms = (rows + threads - 1) / threads;  // rows per thread
+  static constexpr int apart = threads / kStepChunks;          // rows between those of a thread's copies
+  // Whose squares a thread adds: its own rows; of the rows that are left, chunks.
+  static constexpr int own_rows = rows / threads, own_chunks = (rows - own_rows * threads) * kStepChunks / threads;
   // Behind the stages: 1 / length of each row, then value and position of the best of each source and column of warps.
   static constexpr int shared_bytes = STAGES * stage_bytes + rows * 4 + 2 * WARPS_N * sources * 4;
-  static_assert(rows * kStepChunks % threads == 0 && threads >= sources, "");
+  static_assert(rows * kStepChunks % threads == 0 && threads >= sources && apart % 8 == 0 && sources % apart == 0, "");
 };
 using Large = Tile<3, 4, 3, 9, 4>;  // 144 x 288
 using Small = Tile<2, 4, 2, 4, 3>;  // 64 x 128
 
-template <class Tile>
+template <class Element, class Tile>
 struct Stream {
   const char* sample;
-  int64_t row_bytes, length;  // of a row: stride, and what is read
+  int64_t row_bytes, length;            // of a row: stride, and what is read
   int count, first_source, steps, all;  // steps of a panel, of all panels
+
+  /// The token of this thread's i-th row.
+  __device__ __forceinline__ int token_of(int panel, int i) const {
+    const int row = int(threadIdx.x) / kStepChunks + i * Tile::apart;
+    return row < Tile::sources ? 2 * (first_source + row) : 2 * (panel * Tile::panel + row - Tile::sources) + 1;
+  }
+
+  /// Whether this thread's part of a row holds anything but zeros.
+  __device__ bool any(int token) const {
+    uint32_t bits = 0;
+    for (int64_t at = int(threadIdx.x) % kStepChunks * kChunkBytes; at < length; at += kStepBytes) {
+      const uint4 four = *reinterpret_cast<const uint4*>(sample + token * row_bytes + at);
+      bits |= four.x | four.y | four.z | four.w;
+    }
+    return (bits & kAllButSigns<Element>) != 0;
+  }
 
   /// Starts the copies of step `step` into its stage; an empty group past the end.
   __device__ __forceinline__ void load(uint32_t shared, int step) const {
     if (step < all) {
-      // A thread copies the same chunk of rows kApart from each other: one offset, one swizzle.
-      constexpr int kApart = Tile::threads / kStepChunks, kOfSources = Tile::sources / kApart;
-      static_assert(kApart % 8 == 0 && Tile::sources % kApart == 0, "");
+      // A thread copies the same chunk of rows `apart` from each other: one offset, one swizzle.
       const int panel = step / steps, row = int(threadIdx.x) / kStepChunks, chunk = int(threadIdx.x) % kStepChunks;
       const int64_t at = int64_t(step - panel * steps) * kStepBytes + chunk * kChunkBytes;
       uint32_t to = shared + uint32_t(step % Tile::stages) * Tile::stage_bytes + swizzled<kStepBytes>(row, chunk);
 #pragma unroll
-      for (int i = 0; i < Tile::copies; ++i, to += kApart * kStepBytes) {
-        const int token = i < kOfSources ? 2 * (first_source + row + i * kApart)
-                                         : 2 * (panel * Tile::panel + row + (i - kOfSources) * kApart) + 1;
+      for (int i = 0; i < Tile::copies; ++i, to += Tile::apart * kStepBytes) {
+        const int token = token_of(panel, i);
         const bool valid = token < count && at < length;
         copy_async_16(to, sample + (valid ? token * row_bytes + at : 0), valid);
       }
@@ -71,6 +87,36 @@ struct Stream {
     copy_async_commit();
   }
 };
+
+template <class Tile>
+__device__ __forceinline__ void write_squares(const float (&squares)[Tile::own_rows + Tile::own_chunks], float* to) {
+#pragma unroll
+  for (int i = 0; i < Tile::own_rows; ++i) to[i * Tile::threads + threadIdx.x] = squares[i];
+#pragma unroll
+  for (int i = 0; i < Tile::own_chunks; ++i) {
+    float square = squares[Tile::own_rows + i];
+#pragma unroll
+    for (int step = 1; step < kStepChunks; step *= 2) square += __shfl_xor_sync(0xffffffffu, square, step);
+    if (threadIdx.x % kStepChunks != 0) continue;
+    to[Tile::own_rows * Tile::threads + threadIdx.x / kStepChunks + i * Tile::apart] = square;
+  }
+}
+
+/// Squares of lengths to 1 / length, 0 for rows of zeros. Returns whether this thread found that a length left fp32.
+template <class Element, class Tile>
+__device__ __forceinline__ bool invert_lengths(const Stream<Element, Tile>& stream, int panel, float* lengths) {
+  bool inexact = false;
+#pragma unroll 1
+  for (int i = 0; i < Tile::copies; ++i) {
+    const int row = int(threadIdx.x) / kStepChunks + i * Tile::apart, token = stream.token_of(panel, i);
+    const float square = lengths[row];
+    const bool fits = square > 0x1p-60f && square < 0x1p+60f;
+    if (!fits && token < stream.count) inexact |= stream.any(token);
+    __syncwarp();
+    if (threadIdx.x % kStepChunks == 0) lengths[row] = fits ? 1.f / sqrtf(square) : 0.f;
+  }
+  return inexact;
+}
 
 template <class Element, class Tile>
 __global__ void __launch_bounds__(Tile::threads) nearest(const __grid_constant__ Nearest m) {
@@ -88,11 +134,16 @@ __global__ void __launch_bounds__(Tile::threads) nearest(const __grid_constant__
   const int sources = int((count + 1) / 2), destinations = int(count / 2);
   const int panels = (destinations + Tile::panel - 1) / Tile::panel;
 
-  Stream<Tile> stream{m.metric + s * m.sample_bytes, m.row_bytes, m.dim * int64_t(sizeof(Element)), int(count),
-                      first_source, int((m.dim * int64_t(sizeof(Element)) + kStepBytes - 1) / kStepBytes), 0};
+  Stream<Element, Tile> stream{m.metric + s * m.sample_bytes,
+                               m.row_bytes,
+                               m.dim * int64_t(sizeof(Element)),
+                               int(count),
+                               first_source,
+                               int((m.dim * int64_t(sizeof(Element)) + kStepBytes - 1) / kStepBytes),
+                               0};
   if (first_source < sources) stream.all = panels * stream.steps;
   bool inexact = false;
-  float top = -kInfinity;           // of source threadIdx.x
+  float top = -kInfinity;  // of source threadIdx.x
   int32_t chosen = int32_t(m.protect | 1);
 
 #pragma unroll
@@ -100,10 +151,9 @@ __global__ void __launch_bounds__(Tile::threads) nearest(const __grid_constant__
 
   float sum[Tile::tiles_m][Tile::tiles_n][4];
   for (int panel = 0; panel < (first_source < sources ? panels : 0); ++panel) {
-    float square[Tile::norms];
-    uint32_t bits[Tile::norms];  // any that is set in the row but signs
+    float squares[Tile::own_rows + Tile::own_chunks];
 #pragma unroll
-    for (int i = 0; i < Tile::norms; ++i) square[i] = 0.f, bits[i] = 0;
+    for (float& square : squares) square = 0.f;
 #pragma unroll
     for (int i = 0; i < Tile::tiles_m; ++i) {
 #pragma unroll
@@ -115,22 +165,12 @@ __global__ void __launch_bounds__(Tile::threads) nearest(const __grid_constant__
       __syncthreads();  // this stage is there, and the one before is free
       stream.load(shared, step + Tile::stages - 1);
       const uint32_t stage_at = uint32_t(step % Tile::stages) * Tile::stage_bytes;
-      multiply_step<Element, Tile>(sum, shared + stage_at, warp_m * Tile::tiles_m * 16,
+      multiply_step<Element, Tile>(sum, squares, shared + stage_at, memory + stage_at, warp_m * Tile::tiles_m * 16,
                                    Tile::sources + warp_n * Tile::tiles_n * 8, lane);
-#pragma unroll
-      for (int i = 0; i < Tile::norms; ++i) {
-        const int row = i * Tile::threads + int(threadIdx.x);
-        if (row < Tile::rows) add_squares<Element>(memory + stage_at, row, &square[i], &bits[i]);
-      }
     }
-#pragma unroll
-    for (int i = 0; i < Tile::norms; ++i) {
-      const int row = i * Tile::threads + int(threadIdx.x);
-      if (row >= Tile::rows) continue;
-      const bool fits = square[i] > 0x1p-60f && square[i] < 0x1p+60f;
-      inexact |= !fits && bits[i] != 0;
-      inverse[row] = fits ? rsqrtf_exact(square[i]) : 0.f;
-    }
+    write_squares<Tile>(squares, inverse);
+    __syncthreads();
+    inexact |= invert_lengths<Element, Tile>(stream, panel, inverse);
     __syncthreads();
     compare_tile<Tile>(m, sum, inverse + Tile::sources, panel * Tile::panel, destinations, warp_m, warp_n, lane,
                        value_of, place_of);

@@ -9,6 +9,9 @@ namespace sparsekit::cuda {
 
 constexpr int kStepBytes = 128, kStepChunks = kStepBytes / kChunkBytes;
 
+template <class Element>
+constexpr uint32_t kAllButSigns = sizeof(Element) == 4 ? 0x7fffffffu : 0x7fff7fffu;
+
 struct Nearest {
   const char* metric;
   int64_t sample_bytes, row_bytes;  // strides
@@ -31,8 +34,6 @@ __device__ __forceinline__ void load_two_matrices(uint32_t (&registers)[2], uint
                : "=r"(registers[0]), "=r"(registers[1])
                : "r"(address));
 }
-
-__device__ __forceinline__ float rsqrtf_exact(float x) { return 1.f / sqrtf(x); }
 
 /// The two elements of a word.
 template <class Element>
@@ -74,10 +75,34 @@ __device__ __forceinline__ void multiply(float (&sum)[TILES_M][TILES_N][4], cons
   }
 }
 
-/// sum += the products of one stage: rows first_row .. with rows first_column .. of the tile.
+/// The sum of the squares of 16 bytes of a row.
+template <class Element>
+__device__ __forceinline__ float add_squares(const char* chunk, float square) {
+  const uint4 four = *reinterpret_cast<const uint4*>(chunk);
+  const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(Element) == 4) {
+      const float x = __uint_as_float(words[i]);
+      square = fmaf(x, x, square);
+    } else {
+      float low, high;
+      widen_two<Element>(words[i], &low, &high);
+      square = fmaf(low, low, square);
+      square = fmaf(high, high, square);
+    }
+  }
+  return square;
+}
+
+/// sum += the products of one stage, rows first_row .. with rows first_column .. of the tile; squares += those of this
+/// thread's rows (`own_row` on) and chunks of others (`own_chunk` on): addresses in the stage. They are spread over the
+/// products, so that one is loaded while the other is computed.
 template <class Element, class Tile>
-__device__ __forceinline__ void multiply_step(float (&sum)[Tile::tiles_m][Tile::tiles_n][4], uint32_t stage,
-                                              int first_row, int first_column, int lane) {
+__device__ __forceinline__ void multiply_step(float (&sum)[Tile::tiles_m][Tile::tiles_n][4],
+                                              float (&squares)[Tile::own_rows + Tile::own_chunks], uint32_t stage,
+                                              const char* memory, int first_row, int first_column, int lane) {
+  const int thread = int(threadIdx.x);
 #pragma unroll
   for (int pair = 0; pair < kStepChunks / 2; ++pair) {
     uint32_t a[Tile::tiles_m][4], b[Tile::tiles_n][2];
@@ -96,29 +121,19 @@ __device__ __forceinline__ void multiply_step(float (&sum)[Tile::tiles_m][Tile::
       load_two_matrices(b[Tile::tiles_n - 1], stage + swizzled<kStepBytes>(row, 2 * pair + ((lane >> 3) & 1)));
     }
     multiply<Element>(sum, a, b);
-  }
-}
-
-/// square += the squares of a row's elements in this stage; bits |= the elements without their signs.
-template <class Element>
-__device__ __forceinline__ void add_squares(const char* stage, int row, float* square, uint32_t* bits) {
 #pragma unroll
-  for (int chunk = 0; chunk < kStepChunks; ++chunk) {
-    const uint4 four = *reinterpret_cast<const uint4*>(stage + swizzled<kStepBytes>(row, chunk));
-    const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+    for (int i = 0; i < Tile::own_rows; ++i) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(Element) == 4) {
-        const float x = __uint_as_float(words[i]);
-        *square = fmaf(x, x, *square);
-        *bits |= words[i] & 0x7fffffffu;
-      } else {
-        float low, high;
-        widen_two<Element>(words[i], &low, &high);
-        *square = fmaf(low, low, *square);
-        *square = fmaf(high, high, *square);
-        *bits |= words[i] & 0x7fff7fffu;
+      for (int c = 2 * pair; c < 2 * pair + 2; ++c) {
+        const char* chunk = memory + swizzled<kStepBytes>(i * Tile::threads + thread, c);
+        squares[i] = add_squares<Element>(chunk, squares[i]);
       }
+    }
+#pragma unroll
+    for (int i = pair * Tile::own_chunks / 4; i < (pair + 1) * Tile::own_chunks / 4; ++i) {
+      const int row = Tile::own_rows * Tile::threads + thread / kStepChunks + i * Tile::apart;
+      const char* chunk = memory + swizzled<kStepBytes>(row, thread % kStepChunks);
+      squares[Tile::own_rows + i] = add_squares<Element>(chunk, squares[Tile::own_rows + i]);
     }
   }
 }

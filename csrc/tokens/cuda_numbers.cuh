@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "tokens/cuda_memory.cuh"
+
 namespace sparsekit::cuda {
 
 template <class Element, int Width>
@@ -13,17 +15,33 @@ struct alignas(sizeof(Element) * Width) Pack {
   Element at[Width];
 };
 
-/// Through the read-only path, as one load.
+/// Through the read-only path, as one load of 16 bytes that leaves nothing in L1.
 template <class Values>
 __device__ __forceinline__ Values load_once(const Values* from) {
   Values values;
   if constexpr (sizeof(Values) == 16) {
-    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
+    const uint4 bits = load_16_once(from);
     memcpy(&values, &bits, sizeof values);
   } else {
     values = *from;
   }
   return values;
+}
+
+/// `stream`: nobody reads it soon.
+template <class Values>
+__device__ __forceinline__ void store_result(Values* to, const Values& values, bool stream) {
+  if constexpr (sizeof(Values) == 16) {
+    uint4 bits;
+    memcpy(&bits, &values, sizeof bits);
+    if (stream) {
+      __stcs(reinterpret_cast<uint4*>(to), bits);
+    } else {
+      *reinterpret_cast<uint4*>(to) = bits;
+    }
+  } else {
+    *to = values;
+  }
 }
 
 template <class Sum, class Element>

@@ -9,9 +9,9 @@
 //   long      a row of more than kLongRow entries is collected in order by a block instead, 4,096 entries at a time
 //   weigh     totals, and the coefficients of a mean
 // Only where a row's range lies depends on chance; what stands in it, and so every sum, does not.
-// Bound: latency, some ten kernels of a few microseconds beside the rows' gigabytes. A copy needs only the last entry of
-// each row: one atomicMax per entry. Nothing waits for the host; the workspace depends on shapes alone, so all of it can
-// be captured in a CUDA graph.
+// Bound: latency, some ten kernels of a few microseconds beside the rows' gigabytes. A copy needs only the last entry
+// of each row: one atomicMax per entry. Nothing waits for the host; the workspace depends on shapes alone, so all of it
+// can be captured in a CUDA graph.
 #include <algorithm>
 
 #include "tokens/cuda_implementations.h"
@@ -138,11 +138,11 @@ __global__ void __launch_bounds__(kSmallThreads) plan_sample(const __grid_consta
   extern __shared__ int32_t memory[];
   __shared__ int32_t scratch[kSmallThreads / 32 + 1];
   const int rows = int(t.to.rows), entries = int(t.per_sample());
-  int32_t* count = memory;             // [rows]
-  int32_t* begin = count + rows;       // [rows]
-  int32_t* list = begin + rows;        // [entries]
-  int32_t* row = list + entries;       // [entries]
-  int32_t* slot = row + entries;       // [entries]
+  int32_t* count = memory;        // [rows]
+  int32_t* begin = count + rows;  // [rows]
+  int32_t* list = begin + rows;   // [entries]
+  int32_t* row = list + entries;  // [entries]
+  int32_t* slot = row + entries;  // [entries]
   const int64_t s = blockIdx.x, first = s * entries;
   for (int n = threadIdx.x; n < rows; n += kSmallThreads) count[n] = 0;
   __syncthreads();

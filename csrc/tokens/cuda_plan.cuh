@@ -5,9 +5,9 @@
 
 namespace sparsekit::cuda {
 
-constexpr int kSmallMost = 2048;     // entries and rows of a sample: 2 x 8 KB + 3 x 8 KB = 40 KB of shared memory
+constexpr int kSmallMost = 2048;  // entries and rows of a sample: 2 x 8 KB + 3 x 8 KB = 40 KB of shared memory
 constexpr int kSmallThreads = 512;
-constexpr int kLongRow = 1024;       // entries of a row that are ranked by counting: 1,024 loads from L1 each
+constexpr int kLongRow = 1024;  // entries of a row that are ranked by counting: 1,024 loads from L1 each
 constexpr int kLongThreads = 1024, kLongEntries = 4;
 
 /// A range of memory, cut as asked; with a null base it only counts.
@@ -36,16 +36,16 @@ struct Scatter {
   int64_t all_rows = 0;  // of all samples
   void* totals = nullptr;
 
-  size_t cleared_bytes = 0;       // from `count` on: count, winner, cursor
-  int32_t* count = nullptr;       // [all_rows] entries that count for something
-  int32_t* winner = nullptr;      // [all_rows] copy: 1 + the last entry; then its row of the source, or -1
-  int32_t* cursor = nullptr;      // [2] entries given out, long rows
-  int32_t* begin = nullptr;       // [all_rows]
-  int32_t* long_rows = nullptr;   // [entries / kLongRow]
-  int32_t* slot = nullptr;        // [entries]
-  int32_t* unsorted = nullptr;    // [entries]
-  int32_t* rows = nullptr;        // [entries] the row of the source
-  void* coefficients = nullptr;   // [entries], or null
+  size_t cleared_bytes = 0;      // from `count` on: count, winner, cursor
+  int32_t* count = nullptr;      // [all_rows] entries that count for something
+  int32_t* winner = nullptr;     // [all_rows] copy: 1 + the last entry; then its row of the source, or -1
+  int32_t* cursor = nullptr;     // [2] entries given out, long rows
+  int32_t* begin = nullptr;      // [all_rows]
+  int32_t* long_rows = nullptr;  // [entries / kLongRow]
+  int32_t* slot = nullptr;       // [entries]
+  int32_t* unsorted = nullptr;   // [entries]
+  int32_t* rows = nullptr;       // [entries] the row of the source
+  void* coefficients = nullptr;  // [entries], or null
 
   explicit Scatter(const ScatterTokens& t)
       : from(t.from),
@@ -148,7 +148,8 @@ __device__ __forceinline__ void weigh_row(const Scatter& t, int64_t n, int32_t c
   set_total(t, n, total);
   if (!t.mean) return;
   if (total == 0.) t.count[n] = 0;
-  for (int32_t i = 0; i < count && total != 0.; ++i) set_coefficient(t, begin + i, coefficient_of(t, begin + i) / total);
+  for (int32_t i = 0; i < count && total != 0.; ++i)
+    set_coefficient(t, begin + i, coefficient_of(t, begin + i) / total);
 }
 
 /// Of all threads of the block: the sum of `value` over the threads before this one, and over all.

@@ -1,12 +1,12 @@
 // What the kernels of the movers share: from a place in a result to the row of a tensor, on the device.
 //
-// Results are walked as one flat range of vectors (16 bytes where everything is aligned to that, else less): vector v is
-// column v % vectors of row v / vectors, and that is row r of (sample, outer). So rows of any size fill every lane, and
-// neighbouring lanes write neighbouring addresses. The divisions are multiplications (Divider); where there are 2^31
-// vectors or more they are 64-bit divisions.
+// Results are walked as one flat range of vectors (16 bytes where everything is aligned to that, else less): vector v
+// is column v % vectors of row v / vectors, and that is row r of (sample, outer). So rows of any size fill every lane,
+// and neighbouring lanes write neighbouring addresses. The divisions are multiplications (Divider); where there are
+// 2^31 vectors or more they are 64-bit divisions.
 //
-// Nothing that index tensors hold leads out of bounds: an entry that names no token is none (-1), cu_seqlens are clamped
-// to the rows that exist.
+// Nothing that index tensors hold leads out of bounds: an entry that names no token is none (-1), cu_seqlens are
+// clamped to the rows that exist.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,8 @@
 namespace sparsekit::cuda {
 
 constexpr int kRowThreads = 256;
-constexpr int kMostTensors = 12;  // of one launch: kernel arguments are at most 4 KB
+constexpr int64_t kStreamBytes = 32 << 20;  // results beyond this leave the cache as soon as they can
+constexpr int kMostTensors = 12;            // of one launch: kernel arguments are at most 4 KB
 
 /// n / divisor for 0 <= n < 2^31 as a multiplication, an addition and a shift (Granlund and Montgomery 1994).
 struct Divider {
@@ -95,11 +96,12 @@ struct Shape {
   int64_t first_block = 0;
 
   Shape() = default;
-  Shape(const TokenTensor& out, const Side& to, int vector_bytes)
-      : vectors(out.row_bytes() / vector_bytes),
+  /// `per_row`: vectors of a row (or chunks of them).
+  Shape(const TokenTensor& out, const Side& to, int64_t per_row)
+      : vectors(per_row),
         rows(to.rows),
         outers(out.outers),
-        vectors_wide(out.row_bytes() / vector_bytes),
+        vectors_wide(per_row),
         rows_wide(to.rows),
         outers_wide(out.outers),
         total((to.cu_seqlens ? 1 : to.samples) * out.outers * to.rows * vectors_wide) {}
@@ -112,21 +114,19 @@ struct Place {
   uint32_t column;             // vectors
 };
 
-/// Int: uint32_t where the range is below 2^31, else uint64_t.
+/// The place of row `row` of a result. Int: uint32_t where the range is below 2^31, else uint64_t.
 template <class Int>
-__device__ __forceinline__ Place place_of(const Shape& shape, const Side& to, Int v) {
-  Int row, slice, sample;
+__device__ __forceinline__ Place place_of_row(const Shape& shape, const Side& to, Int row) {
+  Int slice, sample;
   if constexpr (sizeof(Int) == 4) {
-    row = shape.vectors.divide(v);
     slice = shape.rows.divide(row);
     sample = shape.outers.divide(slice);
   } else {
-    row = v / Int(shape.vectors_wide);
     slice = row / Int(shape.rows_wide);
     sample = slice / Int(shape.outers_wide);
   }
   Place place;
-  place.column = uint32_t(v - row * Int(shape.vectors_wide));
+  place.column = 0;
   place.outer = int64_t(slice - sample * Int(shape.outers_wide));
   place.row = int64_t(row - slice * Int(shape.rows_wide));
   place.sample = int64_t(sample);
@@ -135,6 +135,15 @@ __device__ __forceinline__ Place place_of(const Shape& shape, const Side& to, In
     place.sample = to.sample_of(place.row);
     if (place.sample >= 0) place.row -= to.begin(place.sample);
   }
+  return place;
+}
+
+/// The place of vector v.
+template <class Int>
+__device__ __forceinline__ Place place_of(const Shape& shape, const Side& to, Int v) {
+  const Int row = sizeof(Int) == 4 ? Int(shape.vectors.divide(uint32_t(v))) : v / Int(shape.vectors_wide);
+  Place place = place_of_row<Int>(shape, to, row);
+  place.column = uint32_t(v - row * Int(shape.vectors_wide));
   return place;
 }
 

@@ -4,14 +4,15 @@
 //
 // A row of one entry with coefficient 1 and no base is a copy, bit for bit; one without entries is base, or zeros.
 //
-// Tiling: as in cuda_move.cu, a thread owns the same vector of a result's row for all entries and adds them in their
-// order, in registers: no atomics, the same bits in every run. kEntries entries of kVectors rows are in flight at a
-// time. Bound: memory, each row of the input and of the result moves once; the entries' numbers come from L1, where
-// the lanes of a row share them. Source: segmented reduction over a sorted index (torch_scatter's segment_csr).
+// Tiling: a group of up to 32 lanes owns kVectors vectors each of one row of the result, reads the row's entries once
+// for all of them and adds in their order, in registers: no atomics, the same bits in every run. kEntries rows are in
+// flight at a time. Rows without entries, and copies, take a short way. Bound: memory, each row of the input and of the
+// result moves once; with a vector per thread it was bound by the address arithmetic and by occupancy (122 registers),
+// at a third of a copy. Source: segmented reduction over a sorted index (torch_scatter's segment_csr).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <cstdlib>
+#include <algorithm>
 #include <initializer_list>
 
 #include "tokens/cuda_implementations.h"
@@ -22,13 +23,20 @@
 namespace sparsekit::cuda {
 namespace {
 
-int variant(const char* name) { return getenv(name) ? atoi(getenv(name)) : 0; }
+// Of the shapes tried on an H200 (kVectors kEntries blocks per multiprocessor, so registers) 2 2 4 is the fastest: two
+// rows of 8 KB into one at 0.79 of a copy, where 4 2 2 had 0.64, 4 1 3 0.58 and 2 4 3 0.55.
+constexpr int kVectors = 2;  // of 16 bytes per lane
+constexpr int kEntries = 2;
+constexpr int kBlocks = 4;
 
 struct Part {
-  Shape shape;
+  Shape shape;  // `vectors` are groups' chunks here
   Rows in, base, out;
   TokenType type;
-  bool vectors;  // of 16 bytes; else single elements
+  bool wide;      // vectors of 16 bytes; else single elements
+  bool stream;    // the result is larger than the cache
+  int vectors;    // of a row
+  int log_group;  // of the lanes that share a row
 };
 
 struct Sums {
@@ -51,114 +59,128 @@ __device__ __forceinline__ Sum coefficient_at(const Sums& a, int64_t entry) {
 }
 
 /// Sum: what a row is added in (float; double; uint64_t for integers, which wrap). Width: elements of a vector.
-template <class Element, class Sum, int Width, class Int, int kVectors, int kEntries>
-__device__ void sum_part(const Sums& a, const Part& part, int64_t block) {
+template <class Element, class Sum, int Width, class Int>
+__device__ __forceinline__ void sum_part(const Sums& a, const Part& part, int64_t block) {
   using Values = Pack<Element, Width>;
-  const Int start = Int(block) * Int(kVectors * kRowThreads) + threadIdx.x;
-  Values* to[kVectors];
-  const char* in[kVectors];          // the rows of the sample, at this column
-  const Values* base[kVectors];
-  int64_t first[kVectors], limit[kVectors];
-  int32_t count[kVectors], found[kVectors];
-  bool same[kVectors];  // one entry so far, with coefficient 1
-  Values only[kVectors];
-  Sum sum[kVectors][Width];
-  int32_t most = 0;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const Int v = start + Int(i) * kRowThreads;
-    to[i] = nullptr;
-    base[i] = nullptr;
-    in[i] = nullptr;
-    count[i] = found[i] = 0;
-    first[i] = limit[i] = 0;
-    same[i] = false;
-#pragma unroll
-    for (int d = 0; d < Width; ++d) sum[i][d] = Sum(0);
-    if (v >= Int(part.shape.total)) continue;
-    const Place at = place_of<Int>(part.shape, a.to, v);
-    to[i] = reinterpret_cast<Values*>(part.out.data) + v;
-    if (part.base.data) base[i] = reinterpret_cast<const Values*>(base_row(part.base, a.to, at)) + at.column;
-    if (at.sample < 0) continue;
-    limit[i] = a.from.count(at.sample);
-    in[i] = part.in.at(a.from, at.sample, at.outer, 0) + at.column * sizeof(Values);
+  const Int unit = (Int(block) * Int(kRowThreads) + threadIdx.x) >> part.log_group;
+  if (unit >= Int(part.shape.total)) return;
+  const Int row =
+      sizeof(Int) == 4 ? Int(part.shape.vectors.divide(uint32_t(unit))) : unit / Int(part.shape.vectors_wide);
+  const int group = 1 << part.log_group;
+  const int column = int(unit - row * Int(part.shape.vectors_wide)) * group * kVectors + (threadIdx.x & (group - 1));
+  const int left = part.vectors - column;  // vector i of this thread exists where i * group < left
+  const Place at = place_of_row<Int>(part.shape, a.to, row);
+  Values* to = reinterpret_cast<Values*>(part.out.data) + int64_t(row) * part.vectors + column;
+  const Values* base =
+      part.base.data ? reinterpret_cast<const Values*>(base_row(part.base, a.to, at)) + column : nullptr;
+
+  int64_t first = 0;
+  int32_t count = 0, limit = 0;
+  const char* in = nullptr;  // the rows of the sample, at this column
+  if (at.sample >= 0) {
+    limit = int32_t(a.from.count(at.sample));
+    in = part.in.at(a.from, at.sample, at.outer, 0) + int64_t(column) * sizeof(Values);
     if (a.per_row > 0) {
-      first[i] = (at.sample * a.index_rows + at.row) * a.per_row;
-      count[i] = at.row < a.index_rows ? int32_t(a.per_row) : 0;
+      first = (at.sample * a.index_rows + at.row) * a.per_row;
+      count = at.row < a.index_rows ? int32_t(a.per_row) : 0;
     } else {
-      first[i] = __ldg(a.begin + at.flat);
-      count[i] = __ldg(a.count + at.flat);
+      first = __ldg(a.begin + at.flat);
+      count = __ldg(a.count + at.flat);
     }
-    most = max(most, count[i]);
-    if (!a.base_always || !base[i] || count[i] == 0) continue;
-    const Values under = *base[i];
-#pragma unroll
-    for (int d = 0; d < Width; ++d) sum[i][d] = widen<Sum>(under.at[d]);
   }
-  for (int32_t e = 0; e < most; e += kEntries) {
+  const bool under = a.base_always && base;
+  const Values* copied = count == 0 ? base : nullptr;
+  bool copies = count == 0;
+  if (count == 1 && !under) {
+    const int64_t source = __ldg(a.rows + first);
+    copies = coefficient_at<Sum>(a, first) == Sum(1);
+    copied = source < 0 || source >= limit ? base : reinterpret_cast<const Values*>(in + source * part.in.row);
+  }
+  if (copies) {
+    Values value[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      value[i] = Values();
+      if (copied && i * group < left) value[i] = load_once(copied + i * group);
+    }
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (i * group < left) store_result(to + i * group, value[i], part.stream);
+    }
+    return;
+  }
+
+  Sum sum[kVectors][Width];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    Values value = Values();
+    if (under && i * group < left) value = load_once(base + i * group);
+#pragma unroll
+    for (int d = 0; d < Width; ++d) sum[i][d] = widen<Sum>(value.at[d]);
+  }
+  bool found = false;
+  for (int32_t e = 0; e < count; e += kEntries) {
     Values value[kEntries][kVectors];
-    Sum c[kEntries][kVectors];
-    bool used[kEntries][kVectors];
+    Sum c[kEntries];
+    int64_t source[kEntries];
 #pragma unroll
     for (int u = 0; u < kEntries; ++u) {
+      source[u] = e + u < count ? __ldg(a.rows + first + e + u) : -1;
+      c[u] = e + u < count ? coefficient_at<Sum>(a, first + e + u) : Sum(0);
+    }
+#pragma unroll
+    for (int u = 0; u < kEntries; ++u) {
+      if (source[u] >= limit) source[u] = -1;
+      const Values* from = reinterpret_cast<const Values*>(in + source[u] * part.in.row);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        used[u][i] = false;
-        if (e + u >= count[i]) continue;
-        const int64_t entry = first[i] + e + u;
-        const int64_t row = __ldg(a.rows + entry);
-        c[u][i] = coefficient_at<Sum>(a, entry);
-        if (row < 0 || row >= limit[i]) continue;
-        used[u][i] = true;
-        value[u][i] = load_once(reinterpret_cast<const Values*>(in[i] + row * part.in.row));
+        value[u][i] = Values();
+        if (source[u] >= 0 && i * group < left) value[u][i] = load_once(from + i * group);
       }
     }
 #pragma unroll
     for (int u = 0; u < kEntries; ++u) {
+      if (source[u] < 0) continue;
+      found = true;
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        if (!used[u][i]) continue;
-        same[i] = found[i] == 0 && c[u][i] == Sum(1);
-        if (found[i]++ == 0) only[i] = value[u][i];
 #pragma unroll
-        for (int d = 0; d < Width; ++d) sum[i][d] = multiply_add(c[u][i], widen<Sum>(value[u][i].at[d]), sum[i][d]);
+        for (int d = 0; d < Width; ++d) sum[i][d] = multiply_add(c[u], widen<Sum>(value[u][i].at[d]), sum[i][d]);
       }
     }
   }
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    if (!to[i]) continue;
-    Values result;
-    if (found[i] == 0) {
-      result = base[i] ? *base[i] : Values();
-    } else if (same[i] && !(a.base_always && base[i])) {
-      result = only[i];
-    } else {
+    if (i * group >= left) continue;
+    Values result = Values();
+    if (found) {
 #pragma unroll
       for (int d = 0; d < Width; ++d) result.at[d] = narrow<Element>(sum[i][d]);
+    } else if (base) {
+      result = load_once(base + i * group);
     }
-    *to[i] = result;
+    store_result(to + i * group, result, part.stream);
   }
 }
 
-template <class Element, class Sum, class Int, int kVectors, int kEntries>
+template <class Element, class Sum, class Int>
 __device__ __forceinline__ void sum_either(const Sums& a, const Part& part, int64_t block) {
-  if (part.vectors) {
-    sum_part<Element, Sum, 16 / sizeof(Element), Int, kVectors, kEntries>(a, part, block);
+  if (part.wide) {
+    sum_part<Element, Sum, 16 / sizeof(Element), Int>(a, part, block);
   } else {
-    sum_part<Element, Sum, 1, Int, kVectors, kEntries>(a, part, block);
+    sum_part<Element, Sum, 1, Int>(a, part, block);
   }
 }
 
 /// Sums in fp32.
-template <class Int, int kVectors, int kEntries, int kBlocks>
+template <class Int>
 __global__ void __launch_bounds__(kRowThreads, kBlocks) sum_f32(const __grid_constant__ Sums a) {
   const Part& part = a.part[part_of_block(a.part, a.tensors)];
   const int64_t block = int64_t(blockIdx.x) - part.shape.first_block;
   switch (part.type) {
-    case TokenType::f32: return sum_either<float, float, Int, kVectors, kEntries>(a, part, block);
-    case TokenType::f16: return sum_either<__half, float, Int, kVectors, kEntries>(a, part, block);
-    default: return sum_either<__nv_bfloat16, float, Int, kVectors, kEntries>(a, part, block);
+    case TokenType::f32: return sum_either<float, float, Int>(a, part, block);
+    case TokenType::f16: return sum_either<__half, float, Int>(a, part, block);
+    default: return sum_either<__nv_bfloat16, float, Int>(a, part, block);
   }
 }
 
@@ -168,12 +190,12 @@ __global__ void __launch_bounds__(kRowThreads) sum_wide(const __grid_constant__ 
   const Part& part = a.part[part_of_block(a.part, a.tensors)];
   const int64_t block = int64_t(blockIdx.x) - part.shape.first_block;
   switch (part.type) {
-    case TokenType::f64: return sum_either<double, double, Int, 2, 2>(a, part, block);
-    case TokenType::f32: return sum_either<float, double, Int, 2, 2>(a, part, block);
-    case TokenType::f16: return sum_either<__half, double, Int, 2, 2>(a, part, block);
-    case TokenType::bf16: return sum_either<__nv_bfloat16, double, Int, 2, 2>(a, part, block);
-    case TokenType::i32: return sum_either<int32_t, uint64_t, Int, 2, 2>(a, part, block);
-    default: return sum_either<long long, uint64_t, Int, 2, 2>(a, part, block);
+    case TokenType::f64: return sum_either<double, double, Int>(a, part, block);
+    case TokenType::f32: return sum_either<float, double, Int>(a, part, block);
+    case TokenType::f16: return sum_either<__half, double, Int>(a, part, block);
+    case TokenType::bf16: return sum_either<__nv_bfloat16, double, Int>(a, part, block);
+    case TokenType::i32: return sum_either<int32_t, uint64_t, Int>(a, part, block);
+    default: return sum_either<long long, uint64_t, Int>(a, part, block);
   }
 }
 
@@ -185,18 +207,8 @@ Status launch(const Sums& sums, int64_t blocks, bool narrow, bool wide, const Cu
   if (blocks > INT32_MAX) {
     return error(Status::Kind::unsupported, "tensors: the result has %lld KB; CUDA takes 16 TB", (long long)blocks * 8);
   }
-  using Kernel = void (*)(Sums);
-  const int v = variant("TS");
-  Kernel kernel = !narrow   ? (wide ? sum_wide<uint64_t> : sum_wide<uint32_t>)
-                  : wide    ? sum_f32<uint64_t, 2, 2, 1>
-                  : v == 12 ? sum_f32<uint32_t, 1, 2, 1>
-                  : v == 14 ? sum_f32<uint32_t, 1, 4, 1>
-                  : v == 21 ? sum_f32<uint32_t, 2, 1, 1>
-                  : v == 41 ? sum_f32<uint32_t, 4, 1, 1>
-                  : v == 42 ? sum_f32<uint32_t, 4, 2, 1>
-                  : v == 23 ? sum_f32<uint32_t, 2, 2, 3>
-                  : v == 13 ? sum_f32<uint32_t, 1, 2, 4>
-                            : sum_f32<uint32_t, 2, 2, 1>;
+  auto* kernel =
+      narrow ? (wide ? sum_f32<uint64_t> : sum_f32<uint32_t>) : (wide ? sum_wide<uint64_t> : sum_wide<uint32_t>);
   if (blocks > 0) start(kernel, unsigned(blocks), kRowThreads, 0, context.stream, sums);
   return started("adding tokens");
 }
@@ -213,24 +225,36 @@ Status sum_rows(const DevicePlan& plan, const TokenTensor* in, const TokenTensor
                  (long long)i);
   }
   for (bool narrow : {true, false}) {
-    Sums sums{Side(plan.from), Side(plan.to),     plan.begin,           plan.count,       plan.index_rows, plan.per_row,
-              plan.rows,       plan.coefficients, plan.coefficients_f64, plan.base_always, 0,               {}};
+    Sums sums{Side(plan.from),       Side(plan.to),    plan.begin, plan.count,
+              plan.index_rows,       plan.per_row,     plan.rows,  plan.coefficients,
+              plan.coefficients_f64, plan.base_always, 0,          {}};
     int64_t blocks = 0;
-    const int64_t kBlockVectors = (narrow && variant("TS") ? variant("TS") / 10 : 2) * kRowThreads;
     bool wide = false;
     for (int64_t i = 0; i < tensors; ++i) {
       if (in_f32(plan, out[i].type) != narrow) continue;
       Part part;
       part.type = out[i].type;
-      part.vectors = vector_bytes({&in[i], base ? &base[i] : nullptr, &out[i]}) == 16;
-      part.shape = Shape(out[i], sums.to, part.vectors ? 16 : out[i].element_size);
+      part.wide = vector_bytes({&in[i], base ? &base[i] : nullptr, &out[i]}) == 16;
+      const int64_t vectors = part.wide ? out[i].row_bytes() / 16 : out[i].inner;
+      if (vectors > INT32_MAX / 2) {
+        return error(Status::Kind::unsupported,
+                     "tensors[%lld]: rows of %lld bytes; CUDA sums rows of up to 2^30 elements", (long long)i,
+                     (long long)out[i].row_bytes());
+      }
+      part.vectors = int(vectors);
+      part.log_group = 0;
+      while (part.log_group < 5 && (kVectors << part.log_group) < vectors) ++part.log_group;
+      const int64_t chunk = kVectors << part.log_group, chunks = (vectors + chunk - 1) / chunk;
+      part.shape = Shape(out[i], sums.to, chunks);
       part.shape.first_block = blocks;
       part.in = Rows(in[i]);
       if (base) part.base = Rows(base[i]);
       part.out = Rows(out[i]);
+      part.stream = part.shape.total / std::max<int64_t>(1, chunks) * out[i].row_bytes() > kStreamBytes;
       if (part.shape.total == 0) continue;
-      blocks += (part.shape.total + kBlockVectors - 1) / kBlockVectors;
-      wide |= part.shape.total > INT32_MAX - 8 * kRowThreads;
+      const int64_t own = ((part.shape.total << part.log_group) + kRowThreads - 1) / kRowThreads;
+      blocks += own;
+      wide |= own * kRowThreads > INT32_MAX;
       sums.part[sums.tensors++] = part;
       if (sums.tensors < kMostTensors) continue;
       Status status = launch(sums, blocks, narrow, wide, context);

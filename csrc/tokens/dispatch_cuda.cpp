@@ -10,7 +10,8 @@ namespace {
 constexpr const char* needs_ampere = "needs a GPU of compute capability 8.0 (Ampere) or newer";
 
 Status check_card(const CudaContext& context, size_t workspace) {
-  if (context.compute_capability < 80) return error(Status::Kind::unsupported, "the token ops: this GPU %s", needs_ampere);
+  if (context.compute_capability < 80)
+    return error(Status::Kind::unsupported, "the token ops: this GPU %s", needs_ampere);
   if (context.workspace_bytes >= workspace) return {};
   return error(Status::Kind::failed, "workspace has %zu bytes, needs %zu", context.workspace_bytes, workspace);
 }
@@ -34,6 +35,10 @@ struct SearchMemory {
 
 Status gather_tokens(const GatherTokens& g, const CudaContext& context) {
   Status status = check_card(context, 0);
+  if (status.ok() && g.from.rows > INT32_MAX) {
+    status = error(Status::Kind::unsupported, "tensors: found %lld tokens; supported: at most 2^31 - 1",
+                   (long long)g.from.rows);
+  }
   if (!status.ok()) return status;
   cuda::DevicePlan plan;
   plan.from = g.from;
@@ -97,8 +102,9 @@ TokensPlan tokens_plan_cuda(TokenType type, bool match, const CudaContext& conte
   const char* reason = context.compute_capability < 80 ? needs_ampere : nullptr;
   TokensPlan plan;
   if (match) {
-    plan.entries[plan.count++] = {
-        "cuda_sm80", reason ? reason : type == TokenType::f64 ? "float64 runs on the exact search" : nullptr};
+    plan.entries[plan.count++] = {"cuda_sm80", reason                   ? reason
+                                               : type == TokenType::f64 ? "float64 runs on the exact search"
+                                                                        : nullptr};
     plan.entries[plan.count++] = {"cuda_exact", reason};
   } else {
     plan.entries[plan.count++] = {"cuda", reason};
