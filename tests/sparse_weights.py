@@ -4,6 +4,7 @@ shared with the library."""
 import dataclasses
 
 import torch
+from torch.utils import _pytree as pytree
 
 from sparsekit import BlockSparseMatrix
 
@@ -74,3 +75,18 @@ def blocks_of(dense: torch.Tensor, matrix: BlockSparseMatrix) -> torch.Tensor:
             piece = dense[i * R : (i + 1) * R, j * C : (j + 1) * C]
             blocks[p, : piece.shape[0], : piece.shape[1]] = piece
     return blocks
+
+
+def move(tree, device: str):
+    """Tensors (and matrices of them) on another device, with the strides and the place in their storage that they have."""
+
+    def moved(tensor):
+        if not isinstance(tensor, torch.Tensor) or tensor.device.type == device:
+            return tensor
+        if tensor.layout != torch.strided or tensor.requires_grad:
+            return tensor.to(device)
+        numbers = tensor.untyped_storage().nbytes() // tensor.element_size()
+        whole = tensor.as_strided((numbers,), (1,), 0).to(device)
+        return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    return pytree.tree_map(moved, tree)

@@ -24,8 +24,14 @@ def dtype_id(value):
 def test_takes_what_it_promises(backend: Backend, backward):
     """A backend that refuses everything would pass all other tests."""
     blocks = [(q, k) for q in (64, 128) for k in (64, 128)] if backend.device == "cuda" else BLOCKS
-    dtypes = [torch.bfloat16] if backend.name == "avx512_bf16" else DTYPES
+    dtypes = [torch.bfloat16] if backend.name in ("avx512_bf16", "amx") else DTYPES
     dims = [(dim, dim) for dim in HEAD_DIMS] + [(192, 128)]
+    if backend.name == "amx":  # steps of 32 dims and of 32 keys
+        if backward:
+            assert "backward" in backend.refusal(torch.bfloat16, 64, backward=True)
+            return
+        dims = [(dim, value_dim) for dim, value_dim in dims if dim % 32 == 0]
+        blocks = [(q, k) for q, k in blocks if k % 32 == 0]
     refused = {
         (dtype, dim, block): reason
         for dtype in dtypes
@@ -38,8 +44,8 @@ def test_takes_what_it_promises(backend: Backend, backward):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_cpu_takes_packed_batches(cpu_backend, packed):
-    dtype = torch.bfloat16 if cpu_backend.name == "avx512_bf16" else torch.float32
-    for backward in (False, True):
+    dtype = torch.bfloat16 if cpu_backend.name in ("avx512_bf16", "amx") else torch.float32
+    for backward in (False, True)[: 1 if cpu_backend.name == "amx" else 2]:
         assert cpu_backend.refusal(dtype, 64, backward=backward, packed=packed) is None
 
 

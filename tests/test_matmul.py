@@ -1,6 +1,7 @@
 """Block-sparse products against float64, on every backend: what they compute, and what they refuse."""
 
 import contextlib
+import functools
 import math
 
 import pytest
@@ -9,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparsekit
-from backends import calls
+from backends import BACKENDS, calls
 from numerics import SEARCHED, assert_passes
-from sparse_weights import ACTIVATIONS, blocks_of, random_weight, rounded_tokens
-from sparsekit import BlockSparseMatrix, NMGMatrix, block_sddmm, block_sparse_linear, block_sparse_mlp, block_sparse_mm
+from sparse_weights import ACTIVATIONS, blocks_of, move, random_weight, rounded_tokens
+from sparsekit import BlockSparseMatrix, NMGMatrix
 
 OPS = torch.ops.sparsekit
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,14 +33,59 @@ BLOCKS = [
 ]
 
 
+device = "cpu"  # where the products below run; tests and their references stay on the CPU
+
+
+def on_device(function):
+    @functools.wraps(function)
+    def call(*args, **options):
+        return move(function(*move(args, device), **move(options, device)), "cpu")
+
+    return call
+
+
+block_sddmm, block_sparse_linear, block_sparse_mlp, block_sparse_mm = map(
+    on_device,
+    (sparsekit.block_sddmm, sparsekit.block_sparse_linear, sparsekit.block_sparse_mlp, sparsekit.block_sparse_mm),
+)
+
+
 @pytest.fixture
-def level(cpu_backend):
-    """Forces one instruction set, and asserts that it is the one that runs."""
+def level(backend, monkeypatch):
+    """Forces one instruction set, and asserts that it is the one that runs; or moves the products to the GPU."""
+    if backend.device == "cuda":
+        monkeypatch.setitem(globals(), "device", "cuda")
+        calls[backend.name] += 1
+        yield backend
+        return
+    with backend.forced():
+        assert_runs(backend)
+        yield backend
+
+
+@pytest.fixture
+def cpu_level(cpu_backend):
     with cpu_backend.forced():
-        plan = dict(line.split(": ", 1) for line in OPS.matmul_plan_cpu(torch.float32, [16, 16]).splitlines())
-        assert next(name for name, answer in plan.items() if answer == "runs") == cpu_backend.name
-        calls[cpu_backend.name] += 1
+        assert_runs(cpu_backend)
         yield cpu_backend
+
+
+@contextlib.contextmanager
+def running(backend):
+    """As `level`, for tests that draw their backend."""
+    global device
+    device = backend.device
+    try:
+        with backend.forced():
+            yield
+    finally:
+        device = "cpu"
+
+
+def assert_runs(cpu_backend):
+    plan = dict(line.split(": ", 1) for line in OPS.matmul_plan_cpu(torch.float32, [16, 16]).splitlines())
+    assert next(name for name, answer in plan.items() if answer == "runs") == cpu_backend.name
+    calls[cpu_backend.name] += 1
 
 
 def sizes_of(block_size, seed: int) -> tuple[int, int]:
@@ -120,7 +166,7 @@ def test_sddmm(level, dtype, block_size, seed):
 
 @pytest.mark.parametrize("block_size", [(4, 1), (1, 4), (8, 8), (16, 16), (64, 64), (5, 3)], ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_int8(level, dtype, block_size, seed):
+def test_int8(cpu_level, dtype, block_size, seed):
     """Integer sums are exact: what is left is the rounding of the result."""
     weight = random_weight(sizes_of(block_size, seed), block_size, 0.6, torch.int8, order="shuffled")
     matrix, dense = weight.matrix, weight.dense
@@ -173,8 +219,7 @@ def test_long_rows_keep_fp32_accurate(level, seed):
 
 @given(data=st.data())
 def test_any_problem(data):
-    """Any sizes, blocks, densities, dtypes and directions, on any instruction set."""
-    names = [name for name in OPS.cpu_features().split() if name != "amx"]
+    """Any sizes, blocks, densities, dtypes and directions, on any backend."""
     draw = data.draw
     block_size = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     shape = draw(st.integers(1, 100)), draw(st.integers(1, 100))
@@ -184,7 +229,7 @@ def test_any_problem(data):
     weight = random_weight(shape, block_size, draw(st.floats(0, 1)), dtype, order=order, index=index)
     x = torch.randn(draw(st.integers(0, 70)), shape[1]).to(dtype)
     y = torch.randn(x.shape[0], shape[0]).to(dtype)
-    with sparsekit.isa(draw(st.sampled_from(names))):
+    with running(draw(st.sampled_from(BACKENDS))):
         got = block_sparse_linear(x, weight.matrix)
         assert_sums(
             "xWt", got, x.double() @ weight.dense.t(), baselines(x, weight.dense), dtype, x, weight.dense, SEARCHED
@@ -277,7 +322,7 @@ def test_nmg(level, dtype, n, m, g, seed):
 # ---- what must not matter
 
 
-def test_threads_change_nothing(level, one_or_two_threads, seed):
+def test_threads_change_nothing(cpu_level, one_or_two_threads, seed):
     weights = [random_weight((250, 300), block, 0.4, torch.bfloat16) for block in ((16, 16), (64, 64), (4, 1))]
     quantized = random_weight((250, 300), (4, 1), 0.4, torch.int8)
     x, y = torch.randn(70, 300).bfloat16(), torch.randn(70, 250).bfloat16()
@@ -317,7 +362,7 @@ def test_nothing_reaches_what_is_not_listed(level, seed):
     assert block_sparse_linear(y, weight.matrix, transposed=True).isfinite().all()
 
 
-def test_int8_tokens_with_nan(level):
+def test_int8_tokens_with_nan(cpu_level):
     weight = random_weight((40, 64), (4, 1), 0.5, torch.int8)
     x = torch.randn(20, 64)
     clean = block_sparse_linear(x, weight.matrix)
@@ -392,7 +437,7 @@ BAD_PATTERNS = {
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("name", BAD_PATTERNS)
-def test_bad_patterns(level, name, index):
+def test_bad_patterns(cpu_level, name, index):
     crow, col, message = BAD_PATTERNS[name]
     matrix = BlockSparseMatrix(
         torch.randn(4, 16, 8), torch.tensor(crow, dtype=index), torch.tensor(col, dtype=index), shape=(48, 32)
@@ -410,7 +455,7 @@ def test_bad_patterns(level, name, index):
             call()
 
 
-def test_bad_transposes(level):
+def test_bad_transposes(cpu_level):
     matrix = random_weight((48, 32), (16, 8), 1.0).matrix
     good = matrix.transposed_pattern()
     x = torch.randn(5, 48)

@@ -1,6 +1,7 @@
-"""Stripe-sparse attention on every CPU backend: columns, sink, local keys and blocks, against float64 of the dense
+"""Stripe-sparse attention on every backend: columns, sink, local keys and blocks, against float64 of the dense
 reference; and what docs/stripes.md says of edge cases."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import sparsekit
-from backends import Backend
+from backends import BACKENDS, Backend
 from numerics import SEARCHED, Problem, check_backward, check_forward, visible
 from problems import problems
 from sparsekit import reference
@@ -106,13 +107,30 @@ class StripeProblem(Problem):
         return self.run(sparsekit.stripe_sparse_attention, leaves, return_lse=True, **options)
 
     def reference(self, leaves: dict):
-        return self.run(reference.stripe_sparse_attention, leaves)
+        """In float64 on the CPU."""
+        moved = {
+            field.name: value.to("cpu")
+            for field in dataclasses.fields(self.inputs)
+            if hasattr(value := getattr(self.inputs, field.name), "to")
+        }
+        host = StripeProblem(dataclasses.replace(self.inputs, **moved), self.scale)
+        return host.run(reference.stripe_sparse_attention, leaves)
 
 
 def make_problem(case: StripeCase, backend: Backend | None, seed: int, **options) -> StripeProblem:
     torch.manual_seed(seed)
     device = "cpu" if backend is None else backend.device
     return StripeProblem(make_stripe_inputs(case.with_(seed=seed), device), **options)
+
+
+@contextlib.contextmanager
+def deterministic(backend: Backend):
+    """On CUDA the same bits are asked for; the CPU always gives them."""
+    torch.use_deterministic_algorithms(backend.device == "cuda")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # ---- forward
@@ -126,10 +144,22 @@ FEATURES_AND_DTYPES = [
 
 
 @pytest.mark.parametrize("feature, dtype", FEATURES_AND_DTYPES)
-def test_features(cpu_backend, feature, dtype, seed):
+def test_features(backend, feature, dtype, seed):
     case = BASE.with_(heads_q=4, dtype=dtype, **FEATURES[feature])
-    problem = make_problem(case, cpu_backend, seed)
-    check_forward(cpu_backend, problem)
+    problem = make_problem(case, backend, seed)
+    check_forward(backend, problem)
+
+
+LARGE_GROUPS = [(feature, 128, (128, 128)) for feature in FEATURES]
+LARGE_GROUPS += [("band", 256, (64, 64)), ("everything", 256, (64, 64)), ("blocks-causal", 384, (80, 128))]
+
+
+@pytest.mark.parametrize("feature, group_size, dims", LARGE_GROUPS, ids=str)
+def test_features_of_large_groups(backend, feature, group_size, dims, seed):
+    """Whole tiles of 128 rows and of 128 keys: what the largest kernels take."""
+    case = BASE.with_(head_dim=dims[0], value_dim=dims[1], group_size=group_size, block_size=(128, 128), heads_q=4)
+    case = case.with_(len_q=300, len_k=390, dtype=torch.bfloat16).with_(**FEATURES[feature])
+    check_forward(backend, make_problem(case, backend, seed))
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -155,28 +185,28 @@ def test_features_are_not_left_to_the_reference(cpu_backend, feature, seed):
 
 @pytest.mark.parametrize("dims", [(32, 32), (80, 80), (128, 128), (192, 128), (256, 256), (20, 24)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_head_dims(cpu_backend, dims, dtype, seed):
+def test_head_dims(backend, dims, dtype, seed):
     case = BASE.with_(head_dim=dims[0], value_dim=dims[1], dtype=dtype, local=20, causal=True, len_q=80, heads_q=4)
-    check_forward(cpu_backend, make_problem(case, cpu_backend, seed))
+    check_forward(backend, make_problem(case, backend, seed))
 
 
 @pytest.mark.parametrize("group_size", [1, 16, 48, 100, 128, 512])
 @pytest.mark.parametrize("block", [(16, 16), (64, 128), (128, 64)], ids=str)
-def test_groups_and_blocks(cpu_backend, group_size, block, seed):
+def test_groups_and_blocks(backend, group_size, block, seed):
     """Groups of any size, the same for blocks or not. What is no multiple of 16 is left to the reference."""
     case = BASE.with_(group_size=group_size, block_size=block, blocks=True, causal=True, bits=True, local=10, len_q=260)
-    check_forward(cpu_backend, make_problem(case.with_(dtype=torch.bfloat16), cpu_backend, seed))
+    check_forward(backend, make_problem(case.with_(dtype=torch.bfloat16), backend, seed))
 
 
 @pytest.mark.parametrize("lists", ["q", "kv", "shared"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("len_q", [1, 5, 300])
-def test_heads_and_lists(cpu_backend, heads, lists, len_q, seed):
+def test_heads_and_lists(backend, heads, lists, len_q, seed):
     case = BASE.with_(
         batch=2, heads_q=heads[0], heads_kv=heads[1], len_q=len_q, lists=lists, lists_batch=lists != "kv", local=9,
         blocks=len_q == 5, key_bias=len_q == 300,
     )  # fmt: skip
-    check_forward(cpu_backend, make_problem(case, cpu_backend, seed))
+    check_forward(backend, make_problem(case, backend, seed))
 
 
 @st.composite
@@ -197,23 +227,25 @@ def stripe_problems(draw, small: bool = False):
 
 
 @given(problem=stripe_problems())
-def test_random_problems(cpu_backend, problem):
+def test_random_problems(backend, problem):
     case, seed, options = problem
-    problem = make_problem(case, cpu_backend, seed, **options)
-    if cpu_backend.refusal(*problem.about, **problem.kind) is None:
-        check_forward(cpu_backend, problem, times=SEARCHED)
+    problem = make_problem(case, backend, seed, **options)
+    if backend.refusal(*problem.about, **problem.kind) is None:
+        check_forward(backend, problem, times=SEARCHED)
 
 
-@pytest.mark.parametrize("length", [100, 1030, 4099])
+@pytest.mark.parametrize("length, rows", [(100, 64), (1030, 64), (1030, 128), (4099, 64)])
 @pytest.mark.parametrize("feature", ["columns", "causal", "band", "local", "blocks-causal", "blocks-bits"])
-def test_counts_every_key_once(cpu_backend, feature, length, seed):
+def test_counts_every_key_once(backend, feature, rows, length, seed):
     """Queries of zero weigh all keys alike: exp(lse) is the number of keys, and out tells which."""
-    case = BASE.with_(heads_q=1, heads_kv=1, value_dim=128, dtype=torch.bfloat16, columns=0.3, **FEATURES[feature])
-    problem = make_problem(case.with_(len_q=96, len_k=length), cpu_backend, seed)
-    with cpu_backend.running(*problem.about, **problem.kind), torch.no_grad():
+    case = BASE.with_(heads_q=1, heads_kv=1, value_dim=128, dtype=torch.bfloat16, **FEATURES[feature])
+    case = case.with_(group_size=rows, block_size=(rows, rows), columns=0.3, len_q=96, len_k=length)
+    problem = make_problem(case, backend, seed)
+    with backend.running(*problem.about, **problem.kind), torch.no_grad():
         key = torch.arange(length)
         value = torch.zeros(length, 128)
         value[key, key % 64] = value[key, 64 + key // -(-length // 64)] = 1
+        value = value.to(backend.device)
         leaves = dict(query=torch.zeros_like(problem.inputs.query), value=value.bfloat16()[None, None])
         out, lse = problem.sparse(leaves)
         sees = problem.mask[0, 0].double()
@@ -229,35 +261,40 @@ SMALL = BASE.with_(len_q=100, len_k=140)
 
 
 @pytest.mark.parametrize("feature, dtype", FEATURES_AND_DTYPES)
-def test_gradients_of_features(cpu_backend, feature, dtype, seed):
+def test_gradients_of_features(backend, feature, dtype, seed):
     case = SMALL.with_(heads_q=4, dtype=dtype, **FEATURES[feature])
-    check_backward(cpu_backend, make_problem(case, cpu_backend, seed, grad_lse=feature in ("sinks", "everything")))
+    problem = make_problem(case, backend, seed, grad_lse=feature in ("sinks", "everything"))
+    check_backward(backend, problem)
+    if backend.device == "cuda":
+        check_backward(backend, problem, fast=True)
 
 
 @pytest.mark.parametrize("lists", ["q", "kv", "shared"])
 @pytest.mark.parametrize("heads, group_size", [((4, 4), 16), ((4, 2), 128), ((6, 1), 16)], ids=["mha", "gqa", "mqa"])
-def test_gradients_of_shared_heads(cpu_backend, heads, lists, group_size, seed):
+def test_gradients_of_shared_heads(backend, heads, lists, group_size, seed):
     case = SMALL.with_(
         batch=2, heads_q=heads[0], heads_kv=heads[1], lists=lists, lists_batch=lists != "kv", sinks=True, key_bias=True,
         group_size=group_size, len_q=180, local=7,
     )  # fmt: skip
-    check_backward(cpu_backend, make_problem(case, cpu_backend, seed, grad_lse=True))
+    check_backward(backend, make_problem(case, backend, seed, grad_lse=True))
 
 
 @pytest.mark.parametrize("dims", [(32, 32), (128, 128), (192, 128), (256, 256), (20, 24)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-def test_gradients_of_head_dims(cpu_backend, dims, dtype, seed):
+def test_gradients_of_head_dims(backend, dims, dtype, seed):
     case = SMALL.with_(head_dim=dims[0], value_dim=dims[1], dtype=dtype, local=20, causal=True)
-    check_backward(cpu_backend, make_problem(case, cpu_backend, seed))
+    check_backward(backend, make_problem(case, backend, seed))
 
 
 @settings(max_examples=20)
 @given(problem=stripe_problems(small=True))
-def test_gradients_of_random_problems(cpu_backend, problem):
+def test_gradients_of_random_problems(backend, problem):
     case, seed, options = problem
-    problem = make_problem(case, cpu_backend, seed, **options)
-    if cpu_backend.refusal(*problem.about, backward=True, **problem.kind) is None:
-        check_backward(cpu_backend, problem, times=SEARCHED)
+    problem = make_problem(case, backend, seed, **options)
+    if backend.refusal(*problem.about, backward=True, **problem.kind) is None:
+        check_backward(backend, problem, times=SEARCHED)
+        if backend.device == "cuda":
+            check_backward(backend, problem, fast=True, times=SEARCHED)
 
 
 @pytest.mark.parametrize("feature", ["columns", "band", "blocks-bits", "everything"])
@@ -305,6 +342,15 @@ def test_number_of_threads_changes_no_bit(cpu_backend, name, seed, one_or_two_th
             assert_same_bits(result, results[0])
 
 
+@pytest.mark.parametrize("name", REPEATED)
+def test_repeated_calls_give_the_same_bits(backend, name, seed):
+    problem = make_problem(REPEATED[name], backend, seed)
+    with backend.running(*problem.about, **problem.kind, backward=True), deterministic(backend):
+        want = run(problem, gradients=True)
+        for _ in range(3):
+            assert_same_bits(run(problem, gradients=True), want)
+
+
 # ---- edge cases
 
 
@@ -312,27 +358,29 @@ def call(query, key, value, indices, counts, **options):
     return sparsekit.stripe_sparse_attention(query, key, value, indices, counts, return_lse=True, **options)
 
 
-def small_tensors(len_q=70, len_k=90, heads=2, dim=32, dtype=torch.float32, batch=1):
-    return [torch.randn(batch, heads, length, dim, dtype=dtype) for length in (len_q, len_k, len_k)]
+def small_tensors(len_q=70, len_k=90, heads=2, dim=32, dtype=torch.float32, batch=1, device="cpu"):
+    lengths = (len_q, len_k, len_k)
+    return [torch.randn(batch, heads, length, dim, dtype=dtype).to(device) for length in lengths]
 
 
-def column_lists(*groups, heads=1) -> tuple[torch.Tensor, torch.Tensor]:
+def column_lists(*groups, heads=1, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """(indices, counts) of lists of columns, the same for every head."""
     longest = max(map(len, groups), default=0)
     indices = [[*group, *[-1] * (longest - len(group))] for group in groups]
     counts = torch.tensor([len(group) for group in groups], dtype=torch.int32)
     indices = torch.tensor(indices, dtype=torch.int32).reshape(1, 1, len(groups), longest)
-    return indices.expand(1, heads, -1, -1).contiguous(), counts.expand(1, heads, -1).contiguous()
+    lists = indices.expand(1, heads, -1, -1).contiguous(), counts.expand(1, heads, -1).contiguous()
+    return tuple(x.to(device) for x in lists)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
-def test_keys_that_no_group_lists_reach_nothing(cpu_backend, bad, seed):
-    query, key, value = small_tensors()
-    indices, counts = column_lists([3, 88, 40], [50])
+def test_keys_that_no_group_lists_reach_nothing(backend, bad, seed):
+    query, key, value = small_tensors(device=backend.device)
+    indices, counts = column_lists([3, 88, 40], [50], device=backend.device)
     seen = [3, 40, 50, 88, *range(5), *range(18, 90)]  # sink, local: row 0 stands at 20
     hidden = [j for j in range(90) if j not in seen]
     options = dict(group_size=64, sink=5, local=3, causal=True)
-    with cpu_backend.running(torch.float32, 32, group_size=64):
+    with backend.running(torch.float32, 32, group_size=64):
         want = call(query, key, value, indices, counts, **options)
         key[:, :, hidden] = bad
         value[:, :, hidden] = bad
@@ -344,12 +392,13 @@ def test_keys_that_no_group_lists_reach_nothing(cpu_backend, bad, seed):
         assert not grads[1][:, :, hidden].any() and not grads[2][:, :, hidden].any()
 
 
-def test_rows_that_see_no_key(cpu_backend, seed):
+def test_rows_that_see_no_key(backend, seed):
     """Groups without columns, and rows before their group's first column."""
-    query, key, value = (x.requires_grad_() for x in small_tensors(64, 64))
-    indices, counts = column_lists([], [20, 30], [-1, -1], [63])
-    with cpu_backend.running(torch.float32, 32, backward=True, group_size=16):
-        out, lse = call(query, key, value, indices, counts, group_size=16, causal=True, sinks=torch.randn(2))
+    query, key, value = (x.requires_grad_() for x in small_tensors(64, 64, device=backend.device))
+    indices, counts = column_lists([], [20, 30], [-1, -1], [63], device=backend.device)
+    sinks = torch.randn(2, device=backend.device)
+    with backend.running(torch.float32, 32, backward=True, group_size=16):
+        out, lse = call(query, key, value, indices, counts, group_size=16, causal=True, sinks=sinks)
         grads = torch.autograd.grad([out, lse.where(lse > -math.inf, 0)], [query, key, value], [out + 1, lse * 0 + 1])
     blind = [*range(20), *range(32, 63)]
     assert not out[:, :, blind].any() and (lse[:, :, blind] == -math.inf).all()
@@ -357,21 +406,22 @@ def test_rows_that_see_no_key(cpu_backend, seed):
     assert lse[:, :, [20, 31, 63]].isfinite().all()
 
 
-def test_what_stands_past_the_count_is_not_read(cpu_backend, seed):
-    query, key, value = small_tensors()
-    indices = torch.tensor([5, -1, 17, 2**31 - 1], dtype=torch.int32).expand(1, 1, 2, 4)
-    counts = torch.tensor([[[3, 1]]], dtype=torch.int32)
-    with cpu_backend.running(torch.float32, 32, group_size=64):
+def test_what_stands_past_the_count_is_not_read(backend, seed):
+    query, key, value = small_tensors(device=backend.device)
+    indices = torch.tensor([5, -1, 17, 2**31 - 1], dtype=torch.int32, device=backend.device).expand(1, 1, 2, 4)
+    counts = torch.tensor([[[3, 1]]], dtype=torch.int32, device=backend.device)
+    with backend.running(torch.float32, 32, group_size=64):
         got = call(query, key, value, indices, counts, group_size=64)
-        want = call(query, key, value, *column_lists([5, 17], [5]), group_size=64)
+        want = call(query, key, value, *column_lists([5, 17], [5], device=backend.device), group_size=64)
     assert_same_bits(got, want)
 
 
-def test_a_column_listed_twice(cpu_backend, seed):
-    """The caller's error, which check finds; on the CPU it counts once."""
-    query, key, value = (x.requires_grad_() for x in small_tensors())
-    twice, once = column_lists([9, 3, 9], [4, 4, 4]), column_lists([9, 3], [4])
-    with cpu_backend.running(torch.float32, 32, backward=True, group_size=64):
+def test_a_column_listed_twice(backend, seed):
+    """The caller's error, which check finds; it counts once."""
+    query, key, value = (x.requires_grad_() for x in small_tensors(device=backend.device))
+    twice = column_lists([9, 3, 9], [4, 4, 4], device=backend.device)
+    once = column_lists([9, 3], [4], device=backend.device)
+    with backend.running(torch.float32, 32, backward=True, group_size=64), deterministic(backend):
         results = [call(query, key, value, *lists, group_size=64) for lists in (twice, once)]
         assert_same_bits(*results)
         grads = [torch.autograd.grad(out.sum(), [query, key, value]) for out, _ in results]
@@ -427,13 +477,36 @@ def test_errors_name_the_argument(cpu_backend, name):
         call(query, key, value, indices.expand(1, heads, -1, -1), counts.expand(1, heads, -1), **options)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("blocks", [False, True], ids=["", "blocks"])
+def test_bad_entries_are_skipped_on_cuda(blocks, seed):
+    """Counts are clamped, entries outside are no columns: nothing is read out of bounds, and nobody waits to check."""
+    query, key, value = (x.requires_grad_() for x in small_tensors(device="cuda"))
+    bad = torch.tensor([[5, 90, -7, 2**31 - 1, -(2**31), 17], [3] + [90, -1, 1 << 30, 6, 89]], dtype=torch.int32)
+    pattern = None
+    if blocks:
+        block_map = torch.tensor([[1, 0], [0, 1]], dtype=torch.bool)[None, None]
+        pattern = sparsekit.BlockPattern.from_bool(block_map, 64, seq_lengths=(70, 90)).to("cuda")
+    for counts, want in (([6, 100], ([5, 17], [3, 6, 89])), ([2, -5], ([5], []))):
+        lists = bad[None, None].cuda(), torch.tensor([[counts]], dtype=torch.int32).cuda()
+        options = dict(group_size=64, local=3, pattern=pattern)
+        with deterministic(next(backend for backend in BACKENDS if backend.device == "cuda")):
+            got = call(query, key, value, *lists, **options)
+            right = call(query, key, value, *column_lists(*want, device="cuda"), **options)
+            assert_same_bits([x.detach() for x in got], [x.detach() for x in right])
+            pairs = (torch.autograd.grad(out.sum(), [query, key, value]) for out, _ in (got, right))
+            assert_same_bits(*pairs)
+
+
 @pytest.mark.parametrize("sizes", [(0, 2, 70, 90), (1, 0, 70, 90), (1, 2, 0, 90), (1, 2, 70, 0)], ids=str)
-def test_zero_sized(cpu_backend, sizes):
+def test_zero_sized(backend, sizes):
     batch, heads, len_q, len_k = sizes
-    query, key, value = (x.requires_grad_() for x in small_tensors(len_q, len_k, heads, batch=batch))
-    indices = torch.full((1, 1, -(-len_q // 64), 3), -1, dtype=torch.int32)
-    counts = torch.full(indices.shape[:3], 2, dtype=torch.int32)
-    with cpu_backend.forced():
+    tensors = small_tensors(len_q, len_k, heads, batch=batch, device=backend.device)
+    query, key, value = (x.requires_grad_() for x in tensors)
+    indices = torch.full((1, 1, -(-len_q // 64), 3), -1, dtype=torch.int32, device=backend.device)
+    counts = torch.full(indices.shape[:3], 2, dtype=torch.int32, device=backend.device)
+    with backend.forced():
         out, lse = call(query, key, value, indices, counts, group_size=64, sink=4, local=4)
         grads = torch.autograd.grad(out.sum(), [query, key, value])
     assert out.shape == query.shape and lse.shape == query.shape[:3]
@@ -441,10 +514,10 @@ def test_zero_sized(cpu_backend, sizes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-def test_strides(cpu_backend, dtype, seed):
+def test_strides(backend, dtype, seed):
     """[B, S, H, D] in memory, rows apart, and a slice that is not aligned: the same bits, out in query's order."""
-    problem = make_problem(BASE.with_(dtype=dtype, heads_q=4, local=20, causal=True, batch=2), cpu_backend, seed)
-    with cpu_backend.running(*problem.about, backward=True, **problem.kind):
+    problem = make_problem(BASE.with_(dtype=dtype, heads_q=4, local=20, causal=True, batch=2), backend, seed)
+    with backend.running(*problem.about, backward=True, **problem.kind), deterministic(backend):
         want = run(problem, gradients=True)
         for layout in (
             lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
@@ -462,24 +535,22 @@ def test_strides(cpu_backend, dtype, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
-def test_resuming_a_state_is_one_call(cpu_backend, dtype, sinks, seed):
+def test_resuming_a_state_is_one_call(backend, dtype, sinks, seed):
     """The band first, then columns that skip it: as AnchorAttention does it."""
     case = BASE.with_(dtype=dtype, heads_q=4, causal=True, sinks=sinks, len_q=210, columns=0.3)
-    problem = make_problem(case, cpu_backend, seed)
+    problem = make_problem(case, backend, seed)
     inputs = problem.inputs
-    order = torch.arange(210)[None, :, None]
-    start = torch.arange(0, 210, 64)[:, None, None]
+    start = torch.arange(0, 210, 64, device=backend.device)[:, None, None]
     inside = (inputs.col_indices < 20) | (inputs.col_indices >= start[:, 0]) | (inputs.col_indices < 0)
     indices = inputs.col_indices.masked_fill(inside, -1)
-    assert order.shape[1] == case.len_q
     none = torch.zeros_like(inputs.col_counts)
     leaves = {name: x for name, x in problem.leaves().items()}
     qkv = [leaves[name] for name in ("query", "key", "value")]
     extra = {"sinks": leaves["sinks"]} if sinks else {}
     options = dict(group_size=64, causal=True)
     block_map = torch.eye(4, dtype=torch.bool)[None, None]
-    diagonal = sparsekit.BlockPattern.from_bool(block_map, 64, seq_lengths=(210, 210), causal=True)
-    with cpu_backend.running(*problem.about, backward=True, **problem.kind):
+    diagonal = sparsekit.BlockPattern.from_bool(block_map, 64, seq_lengths=(210, 210), causal=True).to(backend.device)
+    with backend.running(*problem.about, backward=True, **problem.kind):
         state = call(*qkv, indices, none, sink=20, pattern=diagonal, **options)
         resumed = call(*qkv, indices, inputs.col_counts, state=state, **extra, **options)
         at_once = call(*qkv, indices, inputs.col_counts, sink=20, pattern=diagonal, **extra, **options)
@@ -602,6 +673,54 @@ def test_vmap(mapped, lists_batch, seed):
         got = torch.autograd.grad(out.square().sum(), leaves)
         want = torch.autograd.grad(sum(attend(*(x[n] for x in args))[0].square().sum() for n in range(3)), leaves)
         assert_same_bits(got, want)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["columns", "everything"])
+def test_cuda_graph(name, seed):
+    """Plan and kernels are captured, and read the lists at each replay."""
+    backend = next(backend for backend in BACKENDS if backend.device == "cuda")
+    first, second = (make_problem(TORCH_CASES[name], backend, seed + n).inputs for n in range(2))
+    width = min(x.col_indices.shape[-1] for x in (first, second))
+    tensors = [x.clone() for x in first.args]
+    tensors[3] = tensors[3][..., :width].contiguous()
+
+    def attend():
+        return sparsekit.stripe_sparse_attention(*tensors, return_lse=True, **first.kwargs)
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend()
+    for inputs in (first, second):
+        changed = [*inputs.args[:3], inputs.col_indices[..., :width], inputs.col_counts]
+        for tensor, new in zip(tensors, changed, strict=True):
+            tensor.copy_(new)
+        graph.replay()
+        assert_same_bits([x.clone() for x in captured], attend())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compile_on_cuda(seed):
+    torch._dynamo.reset()
+    backend = next(backend for backend in BACKENDS if backend.device == "cuda")
+    inputs = make_problem(TORCH_CASES["columns"], backend, seed).inputs
+    options = inputs.kwargs
+
+    def attend(query, *rest):
+        return sparsekit.stripe_sparse_attention(query * 2, *rest, **options) + 1
+
+    leaves = [x.requires_grad_() for x in inputs.args[:3]]
+    results = []
+    with deterministic(backend):
+        for call_ in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+            out = call_(*inputs.args)
+            results.append([out.detach(), *torch.autograd.grad(out.sum(), leaves)])
+    assert_same_bits(*results)
+    torch._dynamo.reset()
 
 
 def test_autocast(seed):

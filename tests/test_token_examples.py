@@ -27,10 +27,26 @@ def test_bench_command(tmp_path, capsys, monkeypatch):
     assert "no case is called nothing" in capsys.readouterr().err
 
 
-def test_bench_compares_like_with_like():
+@pytest.mark.cuda
+def test_bench_command_on_cuda(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    report = tmp_path / "out.json"
+    arguments = ["tokens", "--device", "cuda", "--cases", "scatter-add-bf16,merge-backward-bf16", "--seconds", "0.01"]
+    assert command.main([*arguments, "--json", str(report)]) == 0
+    for case in json.loads(report.read_text())["cases"]:
+        assert case["results"][0]["name"] == "sparsekit"
+        assert all(row["milliseconds"] > 0 for row in case["results"])
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bench_compares_like_with_like(device):
     """The contenders of a case compute the same thing."""
     for case in (bench.scatter_add, bench.gather_several):
-        calls = case("cpu").calls
+        calls = case(device).calls
         mine, other = (
             calls[name]() for name in ("sparsekit", next(name for name in calls if name.startswith("torch ")))
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sparsekit
-from backends import calls
+from backends import BACKENDS, calls
 from sparsekit import reference_tokens as reference
 
 OPS = torch.ops.sparsekit
@@ -15,13 +15,36 @@ INTEGERS = (torch.int32, torch.int64)
 SIZES = (1, 3, 16, 31, 64, 97, 256)  # of a row: tails of every vector width
 
 
+@pytest.fixture(autouse=True)
+def on_the_device(request):
+    """New tensors of a test are on the device of its backend."""
+    backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
+    with torch.device(backend.device) if backend else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(device, marks=[pytest.mark.cuda] if device == "cuda" else [])
+        for device in dict.fromkeys(backend.device for backend in BACKENDS)
+    ]
+)
+def device(request):
+    """Every device that there is; new tensors of the test are on it."""
+    with torch.device(request.param):
+        yield request.param
+
+
 @contextlib.contextmanager
 def running(backend, dtype=torch.float32, match=False):
     """Calls inside run on this backend, or on a lower one that it names a reason for leaving them to."""
     with backend.forced():
-        plan = dict(line.split(": ", 1) for line in OPS.tokens_plan_cpu(dtype, match).split("\n"))
+        plan = OPS.tokens_plan_cuda if backend.name == "cuda" else OPS.tokens_plan_cpu
+        plan = dict(line.split(": ", 1) for line in plan(dtype, match).split("\n"))
         first = next(name for name, answer in plan.items() if answer == "runs")
-        if first != backend.name:
+        if backend.name == "cuda":
+            assert first.startswith("cuda")
+        elif first != backend.name:
             assert len(plan[backend.name].split()) >= 3, plan
             pytest.skip(f"{backend.name}: {plan[backend.name]}")
         calls[backend.name] += 1
@@ -56,8 +79,8 @@ def assert_rounded(got, ref, terms, dtype=None):
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS, torch.float64, torch.bool, torch.int8, torch.complex64])
-def test_gather_is_exact(cpu_backend, dtype):
-    with running(cpu_backend):
+def test_gather_is_exact(backend, dtype):
+    with running(backend):
         for inner in SIZES:
             x = random(3, 11, inner, dtype=torch.float32).to(dtype)
             for index_dtype in INTEGERS:
@@ -68,13 +91,13 @@ def test_gather_is_exact(cpu_backend, dtype):
                 assert torch.equal(got, want)
 
 
-def test_gather_of_several_tensors(cpu_backend):
+def test_gather_of_several_tensors(backend):
     """Hidden states, positions, keys by head, a mask with the tokens last: each as if gathered alone."""
     tensors = [random(2, 9, 24), torch.arange(18).view(2, 9), random(2, 3, 9, 8, dtype=torch.bfloat16)]
     tensors += [random(2, 3, 4, 9, dtype=torch.bool), random(2, 9, 2, 5, dtype=torch.float16)]
     dims = [1, 1, 2, 3, 1]
     index = random_index(2, 6, tokens=9)
-    with running(cpu_backend):
+    with running(backend):
         together = sparsekit.gather_tokens(tensors, index, dim=dims)
         for got, x, dim in zip(together, tensors, dims, strict=True):
             assert got.dtype == x.dtype and got.is_contiguous()
@@ -83,10 +106,10 @@ def test_gather_of_several_tensors(cpu_backend):
 
 
 @pytest.mark.parametrize("dim", [1, 2])
-def test_gather_of_views(cpu_backend, dim):
+def test_gather_of_views(backend, dim):
     wide = random(4, 10, 12, 40)
     index = random_index(4, 5, tokens=7)
-    with running(cpu_backend):
+    with running(backend):
         for view in (wide[:, :7, :7], wide[:, 1:8, 2:9, 3:21], wide.transpose(1, 2)[:, :7, :7], wide[:, :7, :7, ::2]):
             assert torch.equal(
                 sparsekit.gather_tokens(view, index, dim=dim),
@@ -97,24 +120,24 @@ def test_gather_of_views(cpu_backend, dim):
 
 
 @pytest.mark.parametrize("inner", [128, 130, 2048])
-def test_gather_beyond_the_caches(cpu_backend, inner):
+def test_gather_beyond_the_caches(backend, inner):
     """Large results are written around the caches: rows that are whole lines of 64 bytes, and others."""
     rows = (18 << 20) // (4 * inner)
     x = torch.randn(1, 5000, inner)
     index = random_index(1, rows, tokens=5000)
-    with running(cpu_backend):
+    with running(backend):
         got = sparsekit.gather_tokens(x, index)
     want = x[0][index[0].long()]
     want[index[0] < 0] = 0
     assert torch.equal(got[0], want)
 
 
-def test_gather_packed(cpu_backend):
+def test_gather_packed(backend):
     lengths = [4, 0, 7]
     cu = torch.tensor([0, 4, 4, 11], dtype=torch.int32)
     x, heads = random(13, 6), random(2, 13, 5)
     index = torch.stack([random_index(8, tokens=n) for n in lengths])
-    with running(cpu_backend):
+    with running(backend):
         got, got_heads = sparsekit.gather_tokens([x, heads], index, dim=[1, 2], cu_seqlens=cu)
         for b in range(3):
             for k in range(8):
@@ -123,10 +146,10 @@ def test_gather_packed(cpu_backend):
                 assert torch.equal(got_heads[b, :, k], heads[:, cu[b] + n] if n >= 0 else torch.zeros(2, 5))
 
 
-def test_gather_to_packed(cpu_backend):
+def test_gather_to_packed(backend):
     x = random(3, 9, 6)
     index, cu = random_index(3, 5, tokens=9), torch.tensor([0, 5, 5, 8], dtype=torch.int32)
-    with running(cpu_backend):
+    with running(backend):
         got = sparsekit.gather_tokens(x, index, cu_seqlens_out=cu, length=10)
         padded = sparsekit.gather_tokens(x, index)
     assert torch.equal(got, torch.cat([padded[0], padded[2, :3], torch.zeros(2, 6)]))
@@ -134,16 +157,16 @@ def test_gather_to_packed(cpu_backend):
 
 @pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (2, 5, 0)])
 @pytest.mark.parametrize("count", [0, 3])
-def test_gather_of_nothing(shape, count):
+def test_gather_of_nothing(device, shape, count):
     index = torch.full((shape[0], count), -1)
     got = sparsekit.gather_tokens(torch.randn(shape), index)
     assert got.shape == (shape[0], count, shape[2]) and not got.any()
 
 
-def test_no_unnamed_token_is_read(cpu_backend):
+def test_no_unnamed_token_is_read(backend):
     x = torch.full((1, 6, 40), torch.nan)
     x[0, 2] = 1.0
-    with running(cpu_backend):
+    with running(backend):
         assert (sparsekit.gather_tokens(x, torch.tensor([[2, -1, 2]])) == torch.tensor([1.0, 0, 1])[:, None]).all()
         out = sparsekit.scatter_tokens(x, torch.tensor([[-1, -1, 1, -1, -1, -1]]), 3, reduce="add")
         assert (out[0] == torch.tensor([0.0, 1, 0])[:, None]).all()
@@ -155,8 +178,8 @@ def test_no_unnamed_token_is_read(cpu_backend):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("reduce", ["copy", "add", "mean"])
 @pytest.mark.parametrize("places", [None, 3])
-def test_scatter(cpu_backend, dtype, reduce, places):
-    with running(cpu_backend, dtype):
+def test_scatter(backend, dtype, reduce, places):
+    with running(backend, dtype):
         for inner in SIZES:
             for weighted in (False, True) if reduce != "copy" else (False,):
                 for based in (False, True):
@@ -175,19 +198,19 @@ def test_scatter(cpu_backend, dtype, reduce, places):
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_scatter_of_integers(cpu_backend, dtype):
+def test_scatter_of_integers(backend, dtype):
     top = torch.iinfo(dtype).max
     src = torch.tensor([[[top, 5], [1, -7], [3, 4]]], dtype=dtype)
-    with cpu_backend.forced():
+    with backend.forced():
         got = sparsekit.scatter_tokens(src, torch.tensor([[1, 1, 0]]), 2, reduce="add")
         assert got.tolist() == [[[3, 4], [-top - 1, -2]]], "sums wrap as torch's do"
         assert sparsekit.scatter_tokens(src, torch.tensor([[1, 1, 0]]), 3).tolist() == [[[3, 4], [1, -7], [0, 0]]]
 
 
-def test_scatter_of_heads_and_packed(cpu_backend):
+def test_scatter_of_heads_and_packed(backend):
     """[B, H, N, D] with dim=2, and packed sources and results, against the padded op sample by sample."""
     src, index, weights = random(3, 2, 8, 5), random_index(3, 8, tokens=6), torch.rand(3, 8)
-    with running(cpu_backend):
+    with running(backend):
         for reduce in ("copy", "add", "mean"):
             options = {} if reduce == "copy" else {"weights": weights}
             want = sparsekit.scatter_tokens(src, index, 6, reduce=reduce, dim=2, **options)
@@ -214,10 +237,10 @@ def test_scatter_of_heads_and_packed(cpu_backend):
             assert torch.equal(got[:, 13:], base[:, 13:])
 
 
-def test_weight_zero_counts_for_nothing(cpu_backend):
+def test_weight_zero_counts_for_nothing(backend):
     src = torch.tensor([[[1.0], [torch.nan], [3.0], [torch.inf]]])
     index, weights = torch.tensor([[0, 0, 1, 2]]), torch.tensor([[2.0, 0.0, 1.0, 0.0]])
-    with running(cpu_backend):
+    with running(backend):
         for reduce, want in (("add", [2.0, 3, 0]), ("mean", [1.0, 3, 0])):
             assert sparsekit.scatter_tokens(src, index, 3, reduce=reduce, weights=weights).flatten().tolist() == want
         based = sparsekit.scatter_tokens(
@@ -248,11 +271,11 @@ def test_same_bits_for_any_number_of_threads(cpu_backend, dtype, one_or_two_thre
 
 
 @pytest.mark.parametrize("capacity", [None, 20, 9, 0])
-def test_pack_and_unpack(cpu_backend, capacity):
+def test_pack_and_unpack(backend, capacity):
     x, position = random(4, 8, 6), torch.arange(8).expand(4, 8)
     heads, keep = random(4, 2, 8, 3), torch.rand(4, 8) < 0.6
     keep[2] = False
-    with running(cpu_backend):
+    with running(backend):
         packed = sparsekit.pack_tokens([x, position, heads], keep, dim=[1, 1, 2], capacity=capacity)
         rows = [(b, n) for b in range(4) for n in range(8) if keep[b, n]]
         limit = 32 if capacity is None else capacity
@@ -276,7 +299,7 @@ def test_pack_and_unpack(cpu_backend, capacity):
                 assert torch.equal(front[1][b, :, j], heads[b, :, mine[j]] if j < len(mine) else torch.zeros(2, 3))
 
 
-def test_pack_by_length():
+def test_pack_by_length(device):
     x = random(3, 5, 2)
     packed = sparsekit.pack_tokens(x, torch.tensor([2, 0, 9]))
     assert torch.equal(packed.tensors[:7], torch.cat([x[0, :2], x[2]]))
@@ -300,7 +323,7 @@ def kept_rows(samples, tokens, count):
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("paged", [False, True])
-def test_compact_kv(dtype, layout, per_head, paged):
+def test_compact_kv(device, dtype, layout, per_head, paged):
     samples, heads, page, table_pages = 3, 2, 4, 5
     tokens = page * table_pages
     token_dim = 2 if layout == "HND" else 1
@@ -331,7 +354,7 @@ def test_compact_kv(dtype, layout, per_head, paged):
     assert caches[0].shape[token_dim] == (page if paged else tokens)
 
 
-def test_compact_kv_of_a_view():
+def test_compact_kv_of_a_view(device):
     """In place means in place: a view with gaps between its rows, and what lies in the gaps stays."""
     storage = random(2, 3, 10, 16)
     want = storage.clone()
@@ -460,8 +483,8 @@ def check_match(match, metric, r, protect=0, counts=None, tolerance=1e-5):
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("dim", [1, 2, 33, 64, 200])
-def test_match(cpu_backend, dtype, dim):
-    with running(cpu_backend, dtype, match=True):
+def test_match(backend, dtype, dim):
+    with running(backend, dtype, match=True):
         for tokens in (1, 2, 3, 17, 100, 197):
             metric = random(3, tokens, dim, dtype=dtype)
             for protect in (0, 1, 2, 5):
@@ -472,20 +495,20 @@ def test_match(cpu_backend, dtype, dim):
                 check_match(match, metric, [r] * 3, protect)
 
 
-def test_match_of_many_tokens(cpu_backend):
+def test_match_of_many_tokens(backend):
     """More sources than one item of work holds, and a view whose rows have gaps."""
     metric = random(1, 1200, 2, 48)[:, :, 1, 5:37]
-    with running(cpu_backend, match=True):
+    with running(backend, match=True):
         check_match(sparsekit.bipartite_match(metric, 400), metric, [400])
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_ragged_match(cpu_backend, wide):
+def test_ragged_match(backend, wide):
     metric = random(5, 40, 24)
     counts = torch.tensor([40, 7, 0, 1, 33], dtype=torch.int32)
     r = torch.tensor([3, 50, 4, 1, 0], dtype=torch.int64 if wide else torch.int32)
     metric[torch.arange(40) >= counts[:, None]] = torch.nan  # what does not exist takes no part
-    with running(cpu_backend, match=True):
+    with running(backend, match=True):
         match = sparsekit.bipartite_match(metric, r, counts=counts, protect=1)
         check_match(match, metric.nan_to_num(), r.tolist(), 1, counts.tolist())
         assert match.kept.shape == (5, 40) and match.source.shape == (5, 20)
@@ -497,12 +520,12 @@ def test_ragged_match(cpu_backend, wide):
         assert torch.equal(uniform.row, ragged.row) and torch.equal(uniform.kept, ragged.kept[:, :34])
 
 
-def test_ties_go_to_the_lower_position(cpu_backend):
+def test_ties_go_to_the_lower_position(backend):
     """Entries of +-1 in 16 dimensions: every cosine is a multiple of 1 / 16, exact in every dtype and order."""
     for dtype in FLOATS:
         metric = (torch.randint(0, 2, (2, 90, 16)) * 2 - 1).to(dtype)
         metric[:, 40:60] = metric[:, :1]
-        with running(cpu_backend, dtype, match=True):
+        with running(backend, dtype, match=True):
             for protect in (0, 3):
                 match = sparsekit.bipartite_match(metric, 20, protect=protect)
                 for b, want in enumerate(reference.bipartite_match(metric, [20, 20], protect)):
@@ -511,7 +534,7 @@ def test_ties_go_to_the_lower_position(cpu_backend):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_match_of_bad_values(cpu_backend, dtype):
+def test_match_of_bad_values(backend, dtype):
     """Zeros, NaN, infinities, and lengths whose squares leave float32."""
     metric = random(1, 64, 40, dtype=dtype)
     metric[0, 4] = metric[0, 7] = 0
@@ -520,7 +543,7 @@ def test_match_of_bad_values(cpu_backend, dtype):
     if dtype != torch.float16:
         for n, power in ((30, 100), (31, 120), (33, -100), (36, -120), (40, 112), (41, -125)):
             metric[0, n] *= 2.0**power
-    with running(cpu_backend, dtype, match=True):
+    with running(backend, dtype, match=True):
         for r in (3, 25, 30):
             match = sparsekit.bipartite_match(metric, r)
             check_match(match, metric, [r])
@@ -536,7 +559,7 @@ def test_match_of_bad_values(cpu_backend, dtype):
         assert zeros.source.tolist() == [[4, 6]] and zeros.destination.tolist() == [[3, 3]]
 
 
-def test_match_of_nothing():
+def test_match_of_nothing(device):
     for shape in ((0, 6, 4), (2, 0, 4), (2, 6, 0)):
         match = sparsekit.bipartite_match(torch.randn(shape), 2)
         merged = min(2, shape[1] // 2)
@@ -549,9 +572,9 @@ def test_match_of_nothing():
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_merge_and_unmerge(cpu_backend, dtype):
+def test_merge_and_unmerge(backend, dtype):
     x, heads, sizes = random(2, 30, 20, dtype=dtype), random(2, 3, 30, 5, dtype=dtype), torch.rand(2, 30) + 0.5
-    with running(cpu_backend, dtype):
+    with running(backend, dtype):
         match = sparsekit.bipartite_match(x, 8, protect=1)
         (merged, merged_heads), new_sizes = sparsekit.merge_tokens([x, heads], match, sizes, dim=[1, 2])
         assert new_sizes.dtype == torch.float32
@@ -569,11 +592,11 @@ def test_merge_and_unmerge(cpu_backend, dtype):
                 assert torch.equal(back[1][b, :, n], merged_heads[b, :, match.row[b, n]])
 
 
-def test_ragged_merge(cpu_backend):
+def test_ragged_merge(backend):
     """Layer after layer with counts: what lies past a sample's count is zeros of size 0, and reaches nothing."""
     x, counts, sizes = random(3, 24, 16), None, None
     lengths = [24] * 3
-    with running(cpu_backend):
+    with running(backend):
         for r in (torch.tensor([0, 5, 30]), torch.tensor([4, 4, 4]), 2):
             match = sparsekit.bipartite_match(x, r, counts=counts)
             x, sizes = sparsekit.merge_tokens(x, match, sizes)
@@ -587,10 +610,10 @@ def test_ragged_merge(cpu_backend):
     assert bias.shape == (3, 1, 24) and torch.equal(bias[:, 0] == -torch.inf, past)
 
 
-def test_many_to_many_merge(cpu_backend):
+def test_many_to_many_merge(backend):
     x, row, weights = random(2, 12, 10), random_index(2, 12, 3, tokens=5), torch.rand(2, 12, 3)
     sizes = torch.rand(2, 12) + 1
-    with running(cpu_backend):
+    with running(backend):
         merged, new_sizes = sparsekit.merge_tokens(x, row, sizes, weights=weights, length=5)
     want, totals = reference.scatter_tokens(x, row, 5, reduce="mean", weights=weights * sizes[..., None])
     torch.testing.assert_close(merged.double(), want, rtol=1e-5, atol=1e-5)
@@ -612,7 +635,7 @@ def test_merged_duplicates_attend_as_before():
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
 
 
-def test_same_tokens_as_the_published_formula():
+def test_same_tokens_as_the_published_formula(device):
     """Token Merging's own steps in eager torch (its order of rows is another: compared as sets of rows)."""
     x, r = torch.randn(3, 50, 12), 14
     unit = x / x.norm(dim=-1, keepdim=True)

@@ -1,4 +1,6 @@
-"""The token ops as torch sees them: gradients, opcheck, compile, vmap, devices."""
+"""The token ops as torch sees them: gradients, opcheck, compile, vmap, on every device."""
+
+# ruff: noqa: F811 (fixtures of test_tokens are arguments here)
 
 import functools
 
@@ -8,7 +10,7 @@ from torch.library import opcheck
 
 import sparsekit
 from sparsekit import reference_tokens as reference
-from test_tokens import FLOATS, assert_rounded, random, random_index, running
+from test_tokens import FLOATS, assert_rounded, device, on_the_device, random, random_index, running  # noqa: F401 (fixtures)
 
 OPS = torch.ops.sparsekit
 
@@ -26,7 +28,7 @@ REDUCES = ["copy", "add", "mean"]  # in the order of the op's numbers
 @pytest.mark.parametrize("places", [None, 2])
 @pytest.mark.parametrize("reduce", REDUCES)
 @pytest.mark.parametrize("based", [False, True])
-def test_gradcheck_scatter(reduce, places, based):
+def test_gradcheck_scatter(device, reduce, places, based):
     index = random_index(*((2, 6) if places is None else (2, 6, places)), tokens=4)
     src, heads = doubles(2, 6, 3), doubles(2, 2, 6, 2)
     base = [doubles(2, 4, 3), doubles(2, 2, 4, 2)] if based else []
@@ -41,14 +43,14 @@ def test_gradcheck_scatter(reduce, places, based):
     assert torch.autograd.gradcheck(call, (src, heads, weights, *base))
 
 
-def test_gradcheck_gather_and_unmerge():
+def test_gradcheck_gather_and_unmerge(device):
     x, heads, index = doubles(2, 5, 3), doubles(2, 2, 5, 2), random_index(2, 9, tokens=5)
     call = functools.partial(sparsekit.gather_tokens, index=index, dim=[1, 2])
     assert torch.autograd.gradcheck(lambda *tensors: call(tensors), (x, heads))
     assert torch.autograd.gradgradcheck(lambda *tensors: call(tensors), (x, heads))
 
 
-def test_gradcheck_packed():
+def test_gradcheck_packed(device):
     cu, cu_out = torch.tensor([0, 3, 3, 7]).int(), torch.tensor([0, 2, 4, 5]).int()
     index = torch.stack([random_index(4, tokens=n) for n in (3, 0, 4)])
     packed = doubles(8, 3)
@@ -67,7 +69,7 @@ def test_gradcheck_packed():
         )
 
 
-def test_gradcheck_merge_then_attend():
+def test_gradcheck_merge_then_attend(device):
     """Through sizes as key_bias = log(size), as a network uses them."""
     x, sizes = doubles(2, 10, 4), (torch.rand(2, 10, dtype=torch.float64) + 0.5).requires_grad_()
     match = sparsekit.bipartite_match(x, 3, protect=1)
@@ -79,7 +81,7 @@ def test_gradcheck_merge_then_attend():
     assert torch.autograd.gradcheck(call, (x, sizes))
 
 
-def test_size_zero_has_no_gradient():
+def test_size_zero_has_no_gradient(device):
     sizes = torch.tensor([[1.0, 0.0, 3.0]], requires_grad=True)
     bias = sparsekit.token_size_bias(sizes)
     torch.where(bias.isfinite(), bias, 0).sum().backward()
@@ -89,10 +91,10 @@ def test_size_zero_has_no_gradient():
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("places", [None, 2])
 @pytest.mark.parametrize("reduce", ["add", "mean"])
-def test_backward_kernels(cpu_backend, dtype, reduce, places):
+def test_backward_kernels(backend, dtype, reduce, places):
     """Every instruction set's gradients for tensors and weights, against float64 autograd."""
     shape = (2, 20) if places is None else (2, 20, places)
-    with running(cpu_backend, dtype):
+    with running(backend, dtype):
         for inner in (1, 33, 130):
             src, index = random(2, 20, inner, dtype=dtype), random_index(*shape, tokens=9)
             weights = torch.rand(shape) + 0.1
@@ -119,10 +121,10 @@ def test_backward_kernels(cpu_backend, dtype, reduce, places):
             torch.testing.assert_close(got[1].double(), want[1], rtol=1e-5, atol=error + 1e-6 * size)
 
 
-def test_gather_backward_is_exact_where_no_token_repeats(cpu_backend):
+def test_gather_backward_is_exact_where_no_token_repeats(backend):
     x = random(2, 40, 24, dtype=torch.bfloat16).requires_grad_()
     index = torch.stack([torch.randperm(40)[:25] for _ in range(2)])
-    with running(cpu_backend, torch.bfloat16):
+    with running(backend, torch.bfloat16):
         out = sparsekit.gather_tokens([x, torch.arange(80).view(2, 40)], index)
         grad = random(2, 25, 24, dtype=torch.bfloat16)
         out[0].backward(grad)
@@ -130,7 +132,7 @@ def test_gather_backward_is_exact_where_no_token_repeats(cpu_backend):
     assert torch.equal(x.grad, want) and not out[1].requires_grad
 
 
-def test_only_what_is_asked_for_gets_a_gradient():
+def test_only_what_is_asked_for_gets_a_gradient(device):
     x, y = torch.randn(2, 5, 3, requires_grad=True), torch.randn(2, 5, 3)
     outs = sparsekit.gather_tokens([x, y], torch.tensor([[0, 1], [2, 3]]))
     assert outs[0].requires_grad
@@ -142,7 +144,7 @@ def test_only_what_is_asked_for_gets_a_gradient():
     assert y.grad is None
 
 
-def test_no_second_derivative_of_a_scatter():
+def test_no_second_derivative_of_a_scatter(device):
     x = torch.randn(1, 3, 2, requires_grad=True)
     out = sparsekit.scatter_tokens(x, torch.tensor([[0, 1, 1]]), 2, reduce="mean")
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
@@ -177,7 +179,7 @@ def op_calls():
 
 
 @pytest.mark.parametrize("number", range(13))
-def test_opcheck(number):
+def test_opcheck(device, number):
     op, arguments = list(op_calls())[number]
     opcheck(op.default, arguments)
 
@@ -199,7 +201,7 @@ def pruned_block(x, positions, scores, sizes):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic):
+def test_compile(device, dynamic):
     compiled = torch.compile(pruned_block, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for tokens in (24, 40) if dynamic else (24,):
         x = torch.randn(2, tokens, 8, requires_grad=True)
@@ -211,7 +213,7 @@ def test_compile(dynamic):
         torch.testing.assert_close(*grads)
 
 
-def test_compile_in_place():
+def test_compile_in_place(device):
     @functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
     def call(cache, keep, lengths):
         sparsekit.compact_kv([cache], keep, lengths=lengths)
@@ -225,7 +227,7 @@ def test_compile_in_place():
     torch.testing.assert_close(total, want.sum() + 2)
 
 
-def test_vmap():
+def test_vmap(device):
     x, index = torch.randn(4, 2, 6, 3), random_index(4, 2, 5, tokens=6)
     got = torch.vmap(sparsekit.gather_tokens)(x, index)
     assert torch.equal(got, torch.stack(list(map(sparsekit.gather_tokens, x, index))))
@@ -257,12 +259,3 @@ def test_meta_tensors_need_no_data():
     match = sparsekit.bipartite_match(x, 10, protect=1)
     merged, sizes = sparsekit.merge_tokens(x, match)
     assert merged.shape == (3, 40, 8) and sizes.shape == (3, 40) and match.source.shape == (3, 10)
-
-
-@pytest.mark.cuda
-def test_cuda_says_what_is_missing():
-    """Until there are kernels: torch's own error, and no other device."""
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    with pytest.raises(NotImplementedError, match="gather_tokens"):
-        sparsekit.gather_tokens(torch.randn(1, 2, 3, device="cuda"), torch.zeros(1, 1, dtype=torch.long, device="cuda"))

@@ -89,7 +89,7 @@ def test_opcheck_attention(device, name, seed):
 
 def test_opcheck_attention_varlen(device, seed):
     if device == "cuda":
-        pytest.skip("packed batches have no CUDA kernel yet")
+        pytest.skip("packed batches have no backward on CUDA yet")
     inputs = make_inputs(PACKED.with_(seed=seed), device)
     leaves(inputs)
     opcheck(OPS.block_sparse_attn_varlen, op_arguments(inputs))
@@ -434,6 +434,30 @@ def test_vmap_through_autograd(device, seed):
     apart = [torch.autograd.grad((out, lse), tensors, one, retain_graph=True) for one in zip(*grads, strict=True)]
     for got, want in zip(together, zip(*apart, strict=True), strict=True):
         close(got, torch.stack(want), 10)
+
+
+def test_torch_func_gradients(device, seed):
+    """torch.func.grad, alone and on either side of vmap, gives what backward() gives."""
+    inputs = make_inputs(case_of("everything", seed), device)
+    rest = inputs.args[3:]
+
+    def loss(*tensors):
+        out, lse = sparsekit.block_sparse_attention(*tensors, *rest, **inputs.kwargs, return_lse=True)
+        return out.square().sum() + torch.where(lse.isfinite(), lse, 0).sum()
+
+    tensors = leaves(inputs)[:3]
+    want = torch.autograd.grad(loss(*tensors), tensors)
+    tensors = [tensor.detach() for tensor in tensors]
+    grads = torch.func.grad(loss, argnums=(0, 1, 2))
+    for got, expected in zip(grads(*tensors), want, strict=True):
+        close(got, expected, 10)
+
+    pairs = [torch.stack([tensor, tensor.flip(0)]) for tensor in tensors]
+    inside = torch.func.vmap(grads)(*pairs)
+    outside = torch.func.grad(lambda *pairs: torch.func.vmap(loss)(*pairs).sum(), argnums=(0, 1, 2))(*pairs)
+    for mapped, reduced, expected in zip(inside, outside, want, strict=True):
+        close(mapped[0], expected, 10)
+        close(reduced, mapped, 10)
 
 
 def test_vmap_varlen(seed):

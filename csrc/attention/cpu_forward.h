@@ -14,6 +14,10 @@
 
 #include "attention/cpu_few_queries.h"
 #include "attention/cpu_forward_worker.h"
+#include "common/cpu/scratch.h"
+#ifdef SPARSEKIT_AMX_PRODUCT
+#include "attention/cpu_forward_amx.h"
+#endif
 
 namespace sparsekit {
 namespace {
@@ -21,15 +25,17 @@ namespace {
 template <class Product, DType dtype>
 static void forward_worker(int64_t first, int64_t last, void* context) {
   ForwardCall& call = *static_cast<ForwardCall*>(context);
+  typename ForwardLoops<Product>::Session session;
   for (int64_t i = first; i < last; ++i) {
     ForwardWorker<Product, dtype> worker(call);
     if (!worker.ready()) {
       __atomic_store_n(&call.out_of_memory, 1, __ATOMIC_RELAXED);
-      return;
+      break;
     }
     worker.run();
     worker.release();
   }
+  session.release();
 }
 
 /// How many query heads of a group one tile takes together, so that decoding reads each key once for all of them: where
@@ -74,7 +80,8 @@ static bool pack_all(ForwardCall* call, Arena* arena, const ParallelFor& paralle
   const int64_t rows = p.batch * p.heads_kv * call->packed_rows;
   int64_t keys = Layout::keys_in_place(p) ? 0 : rows * Layout::key_bytes(p);
   int64_t keys_at = arena->reserve(keys), values_at = arena->reserve(rows * Layout::value_bytes(p));
-  if (!arena->allocate()) return false;
+  arena->data = take_scratch(arena->size);  // fresh pages would cost as much as packing does
+  if (!arena->data) return false;
   call->packed_keys = keys ? arena->data + keys_at : nullptr;
   call->packed_values = arena->data + values_at;
   int64_t blocks = p.batch * p.heads_kv * call->k_blocks;
@@ -91,7 +98,7 @@ static void run_items(ForwardCall* call, int64_t entries, const ParallelFor& par
   const AttentionForward& p = *call->p;
   Arena packed;
   // Packing costs about a fortieth of using a block for one tile: it pays where blocks are listed several times.
-  if (entries >= 4 * p.batch * p.heads_kv * call->k_blocks && entries > 0)
+  if (entries >= ForwardLoops<Product>::worth_packing * p.batch * p.heads_kv * call->k_blocks && entries > 0)
     pack_all<Product, dtype>(call, &packed, parallel);
   int64_t threads = smaller(larger(1, parallel.threads), call->item_count);
   if (parallel.run && threads > 1) {
@@ -99,7 +106,7 @@ static void run_items(ForwardCall* call, int64_t entries, const ParallelFor& par
   } else {
     forward_worker<Product, dtype>(0, 1, call);
   }
-  packed.release();
+  give_back_scratch(packed.data);
 }
 
 static Status run_forward(const AttentionForward& p, const ParallelFor& parallel) {
@@ -116,7 +123,7 @@ static Status run_forward(const AttentionForward& p, const ParallelFor& parallel
   int64_t sequence_count = 0, row = 0, packed_rows = 0, k_blocks = 0;
   for (SequenceWalk walk(p); walk.valid(); walk.next()) {
     packed_row[sequence_count] = packed_rows;
-    packed_rows += round_up(walk.current.len_k(), 16);
+    packed_rows += round_up(walk.current.len_k(), 32);
     sequences[sequence_count++] = walk.current;
     row = walk.current.q_end;
     k_blocks = walk.current.k_block + ceil_div(walk.current.len_k(), p.lists.block_k);
@@ -172,6 +179,9 @@ static Status run_forward(const AttentionForward& p, const ParallelFor& parallel
   }
   sort(order, reinterpret_cast<Ranked*>(plan.data + spare_at), count);
 
+#ifdef SPARSEKIT_AMX_PRODUCT  // takes bf16 only
+  run_items<AmxProduct, DType::bf16>(&call, all_entries, parallel);
+#else
   switch (p.dtype) {
     case DType::f32: run_items<FloatProduct, DType::f32>(&call, all_entries, parallel); break;
     case DType::f16: run_items<FloatProduct, DType::f16>(&call, all_entries, parallel); break;
@@ -182,6 +192,7 @@ static Status run_forward(const AttentionForward& p, const ParallelFor& parallel
 #endif
     case DType::f64: break;  // refused
   }
+#endif
   plan.release();
   arena.release();
   return call.out_of_memory ? no_memory : Status{};

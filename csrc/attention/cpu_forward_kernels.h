@@ -268,5 +268,39 @@ static void multiply_values(const LoadedSegment* const* segments, int count, con
   }
 }
 
+/// The loops of a product as the worker calls them. A product with loops of its own specialises this.
+template <class Product>
+struct ForwardLoops {
+  using Element = typename Product::Element;
+  struct Session {  // what a thread holds while it calls them
+    void release() {}
+  };
+  static constexpr int key_rows = 16;      // segments are padded to a multiple of as many keys
+  static constexpr int worth_packing = 4;  // list entries per key block from which on packing them all beforehand pays
+
+  static constexpr int score_floats = segment_keys * tile_lanes;
+
+  /// Calls of Prefetch::step for one tile of queries, `keys` keys, `steps` elements of a query.
+  static int64_t register_tiles(int registers, int64_t keys, int64_t, int64_t value_dim) {
+    return keys / tile_keys(registers) + ceil_div(keys, segment_keys) * (value_dim / tile_rows(registers));
+  }
+
+  template <int registers>
+  SPARSEKIT_INLINE void multiply_keys(const LoadedSegment& segment, const Element* queries, int steps, float* scores,
+                                      Simd::Float* most, Prefetch* prefetch) {
+    sparsekit::multiply_keys<Product, registers>(segment, queries, steps, scores, most, prefetch);
+  }
+
+  /// Scores to weights, and what they weigh to outputs, maximum and sum of the tile.
+  template <int registers>
+  SPARSEKIT_INLINE void add_values(const LoadedSegment* const* segments, int count, float* scores, int keys, float unit,
+                                   const Simd::Float* most, float* maximum, float* sum, int value_dim, bool fresh,
+                                   float* outputs, Prefetch* prefetch) {
+    Simd::Float rescale[registers];
+    softmax<Product, registers>(scores, keys, unit, most, maximum, sum, rescale);
+    multiply_values<Product, registers>(segments, count, scores, value_dim, rescale, fresh, outputs, prefetch);
+  }
+};
+
 }  // namespace
 }  // namespace sparsekit

@@ -43,7 +43,7 @@ struct ForwardCall {
   int64_t next;          // the work counter: items handed out
   int64_t out_of_memory;
   // Keys and values of all heads packed beforehand, or null: [batch][heads_kv][packed_rows], where each sequence begins
-  // at packed_row[sequence], padded to multiples of 16 rows.
+  // at packed_row[sequence], padded to multiples of 32 rows.
   char* packed_keys;
   char* packed_values;
   const int64_t* packed_row;
@@ -98,7 +98,7 @@ static void pack_blocks(int64_t first, int64_t last, void* context) {
     while (block >= call.sequences[s].k_block + ceil_div(call.sequences[s].len_k(), p.lists.block_k)) ++s;
     const Sequence& sequence = call.sequences[s];
     for (int part = 0; part * segment_keys < p.lists.block_k; ++part) {
-      KeySegment keys = key_segment(p, sequence, b, block - sequence.k_block, part);
+      KeySegment keys = key_segment(p, sequence, b, block - sequence.k_block, part, ForwardLoops<Product>::key_rows);
       if (keys.count <= 0) break;
       int64_t row = head * call.packed_rows + call.packed_row[s] + keys.key - sequence.k_begin;
       using Element = typename Product::Element;
@@ -119,6 +119,7 @@ class ForwardWorker {
  public:
   using Element = typename Product::Element;
   using Layout = KeyValueLayout<Product, dtype>;
+  using Loops = ForwardLoops<Product>;
 
   explicit ForwardWorker(ForwardCall& call) : call_(call), p_(*call.p) {
     const BlockLists& lists = p_.lists;
@@ -137,7 +138,7 @@ class ForwardWorker {
 
     queries_ = reserve<Element>(item_queries_padded() * steps_);
     outputs_ = reserve<float>(item_queries_padded() * value_dim_);
-    scores_ = reserve<float>(segment_keys * tile_lanes);
+    scores_ = reserve<float>(Loops::score_floats);
     values_ = reserve<Element>(call.packed_values ? 0 : group_keys_ / Product::pair * value_dim_);
     keys_ = reserve<Element>(keys_in_place_ || call.packed_keys ? 0 : group_keys_ * steps_ + Simd::lanes);
     bias_ = reserve<float>(p_.key_bias ? group_keys_ : 0);
@@ -289,7 +290,7 @@ class ForwardWorker {
   /// Makes the keys and values of a segment ready, at place `used` (in keys) of the group if they are packed now.
   void load_segment(int64_t block, int part, int64_t used) {
     LoadedSegment& s = group_[group_size_];
-    s.keys = key_segment(p_, now_.sequence, now_.item.batch, block, part);
+    s.keys = key_segment(p_, now_.sequence, now_.item.batch, block, part, Loops::key_rows);
     if (s.keys.count <= 0) return;
     ++group_size_;
     s.key = key_row(now_, s.keys.key);
@@ -372,7 +373,7 @@ class ForwardWorker {
       const int registers = tiles_[t].registers, row = tile_row_[t];
       int64_t keys = 0;
       for (int i = row ? row_end_[row - 1] : 0; i < row_end_[row]; ++i) keys += group_[by_row_[i].segment].keys.padded;
-      tiles += keys / tile_keys(registers) + ceil_div(keys, segment_keys) * (value_dim_ / tile_rows(registers));
+      tiles += Loops::register_tiles(registers, keys, steps_, value_dim_);
     }
     return tiles;
   }
@@ -396,11 +397,10 @@ class ForwardWorker {
     int segments = 0, keys = 0;
     Simd::Float most[registers];
     auto flush = [&] {
-      Simd::Float rescale[registers];
-      softmax<Product, registers>(scores, keys, unit_, most, at<float>(maximum_) + tile_lane_[t],
-                                  at<float>(sum_) + tile_lane_[t], rescale);
-      multiply_values<Product, registers>(chunk, segments, scores, int(value_dim_), rescale, fresh_[t],
-                                          at<float>(outputs_) + tile_lane_[t] * value_dim_, &prefetch_);
+      Loops::template add_values<registers>(chunk, segments, scores, keys, unit_, most,
+                                            at<float>(maximum_) + tile_lane_[t], at<float>(sum_) + tile_lane_[t],
+                                            int(value_dim_), fresh_[t],
+                                            at<float>(outputs_) + tile_lane_[t] * value_dim_, &prefetch_);
       fresh_[t] = false;
       segments = keys = 0;
     };
@@ -416,8 +416,8 @@ class ForwardWorker {
       bool untouched = visible == Visible::all && s.keys.count == s.keys.padded && !transform_.needed;
       Simd::Float raw[registers];
       for (int j = 0; j < registers; ++j) raw[j] = most[j];
-      multiply_keys<Product, registers>(s, at<Element>(queries_) + tile_lane_[t] * steps_, int(steps_),
-                                        scores + keys * width, raw, &prefetch_);
+      Loops::template multiply_keys<registers>(s, at<Element>(queries_) + tile_lane_[t] * steps_, int(steps_),
+                                               scores + keys * width, raw, &prefetch_);
       if (untouched) {
         for (int j = 0; j < registers; ++j) most[j] = raw[j];
       } else {

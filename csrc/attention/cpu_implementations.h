@@ -14,6 +14,7 @@ extern const CpuAttention attention_cpu_portable;   // cpu_portable.cpp
 extern const CpuAttention attention_cpu_avx2;         // cpu_avx2.cpp
 extern const CpuAttention attention_cpu_avx512;       // cpu_avx512.cpp
 extern const CpuAttention attention_cpu_avx512_bf16;  // cpu_avx512_bf16.cpp
+extern const CpuAttention attention_cpu_amx;          // cpu_amx.cpp
 #endif
 
 }  // namespace sparsekit

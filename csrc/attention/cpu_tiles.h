@@ -94,7 +94,7 @@ static void set_tile(const AttentionProblem& p, const Sequence& sequence, int64_
 struct KeySegment {
   int64_t key = 0;       // row of the first in the key tensor
   int count = 0;         // keys
-  int padded = 0;        // rounded up to a multiple of 16
+  int padded = 0;        // rounded up to a multiple of 16, or of 32
   int block_column = 0;  // place of the first inside its block, a multiple of 32
   int32_t position = 0;  // of the first; the others follow, unless `positions` is given
   const int32_t* positions = nullptr;
@@ -103,15 +103,17 @@ struct KeySegment {
   int32_t position_of(int n) const { return positions ? positions[n] : position + n; }
 };
 
-/// Segment number `part` of key block `block` of a sequence. count <= 0: it lies past the sequence's end.
-static KeySegment key_segment(const AttentionProblem& p, const Sequence& sequence, int64_t b, int64_t block, int part) {
+/// Segment number `part` of key block `block` of a sequence, padded to a multiple of `padding`. count <= 0: it lies
+/// past the sequence's end.
+static KeySegment key_segment(const AttentionProblem& p, const Sequence& sequence, int64_t b, int64_t block, int part,
+                              int padding = 16) {
   KeySegment segment;
   segment.block_column = part * segment_keys;
   int64_t first = block * p.lists.block_k + segment.block_column;
   int64_t in_block = smaller(segment_keys, p.lists.block_k - segment.block_column);
   segment.key = sequence.k_begin + first;
   segment.count = int(smaller(in_block, sequence.len_k() - first));
-  segment.padded = int(round_up(segment.count, 16));
+  segment.padded = int(round_up(segment.count, padding));
   segment.position = to_int32(first);
   segment.least = segment.position;
   segment.most = segment.position + segment.count - 1;

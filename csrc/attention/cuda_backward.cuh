@@ -27,6 +27,7 @@ struct BackwardPlan {
   float* row_lse = nullptr;    // [batch, heads_q, padded_rows] lse', 16-bit elements: log2(e) lse'; else +inf
   float* row_delta = nullptr;  // [batch, heads_q, padded_rows]
   float* row_sink = nullptr;   // [batch, heads_q, padded_rows] contribution to dsink
+  void* kept_out = nullptr;    // [batch, heads_q, len_q, value_dim] dO without the rows whose sink takes all; or null
   float* query_sum =
       nullptr;  // dQ / scale in fp32, in the order of dq_index(); null: the query-stationary pass makes dQ
   const int32_t* order = nullptr;  // [batch, heads_kv, k_blocks] key blocks, longest list first; null: as they come

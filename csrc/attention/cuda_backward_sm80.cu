@@ -4,10 +4,12 @@
 //   backward_keys     dK, dV, dbias, and dQ by atomics (cuda_backward_keys.cuh)
 //   finish_queries    dQ in the element type, or backward_queries: dQ without atomics (cuda_backward_queries.cuh)
 //   sum_sinks         dsink, one CTA per (batch, head) so that the order of the sum is fixed
+// The first and the last are also those of stripes (cuda_backward_rows.h).
 // prepare_rows is bound by memory: it reads O and dO once.
 #include <algorithm>
 
 #include "attention/cuda_backward_launch.cuh"
+#include "attention/cuda_backward_rows.h"
 #include "attention/cuda_implementations.h"
 #include "attention/cuda_schedule.h"
 
@@ -21,6 +23,11 @@ namespace {
 
 constexpr int kPrepareThreads = 128, kLanesPerRow = 8;
 
+/// A sink e^40 times the rest of its row leaves 4e-18 of the weight to the keys: out passes nothing on to them, lse,
+/// which knows no sink, everything. Such a row goes on without sink and with dO = 0: further up e^(lse' - lse) would
+/// overflow.
+constexpr float kSinkTakesAll = 40.f;
+
 /// 8 lanes per query row, 16 bytes per lane and step.
 template <class Element>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const __grid_constant__ BackwardPlan plan) {
@@ -29,12 +36,12 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const __grid_con
   const int batch = blockIdx.z, head = blockIdx.y, lane = threadIdx.x % kLanesPerRow;
   const int64_t row = int64_t(blockIdx.x) * (kPrepareThreads / kLanesPerRow) + threadIdx.x / kLanesPerRow;
   const bool exists = row < a.len_q;
+  const auto* dout = static_cast<const Element*>(a.grad_out.data) +
+                     (batch * a.grad_out.batch + head * a.grad_out.head + row * a.grad_out.row);
   float product = 0.f;  // dO . O
   if (exists) {
     const auto* out =
         static_cast<const Element*>(a.out.data) + (batch * a.out.batch + head * a.out.head + row * a.out.row);
-    const auto* dout = static_cast<const Element*>(a.grad_out.data) +
-                       (batch * a.grad_out.batch + head * a.grad_out.head + row * a.grad_out.row);
     for (int i = lane * PER_CHUNK; i < a.value_dim; i += kLanesPerRow * PER_CHUNK) {
       Element x[PER_CHUNK], y[PER_CHUNK];
       *reinterpret_cast<uint4*>(x) = *reinterpret_cast<const uint4*>(out + i);
@@ -44,22 +51,28 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const __grid_con
     }
   }
   for (int step = 1; step < kLanesPerRow; step *= 2) product += __shfl_xor_sync(kAllLanes, product, step);
-  if (lane != 0 || row >= plan.padded_rows) return;
 
   const int64_t head_row = int64_t(batch) * a.heads_q + head;
   float lse = kInfinity, delta = 0.f, sink_part = 0.f;  // a row that sees no key, or does not exist
+  bool kept = true;
   const float own = exists ? a.lse[head_row * a.len_q + row] : -kInfinity;
   if (own != -kInfinity) {
     const float sink = a.sinks ? a.sinks[head] : -kInfinity;
     const float gap = sink - own;  // lse' = log(e^own + e^sink), without overflow whichever is larger
     const float above = gap > 0.f ? gap + log1pf(expf(-gap)) : log1pf(expf(gap));  // lse' - lse
-    lse = own + above;
+    kept = !plan.kept_out || above < kSinkTakesAll;
+    lse = kept ? own + above : own;
     if (sizeof(Element) == 2) lse *= kLog2e;
-    delta = product;
-    // A sink e^80 times the rest leaves no weight to pass dlse through; the limit keeps 0 * inf away.
-    if (a.grad_lse) delta -= a.grad_lse[head_row * a.len_q + row] * expf(fminf(above, 80.f));
+    delta = kept ? product : 0.f;
+    if (a.grad_lse) delta -= a.grad_lse[head_row * a.len_q + row] * (kept ? expf(above) : 1.f);
     sink_part = -expf(gap - above) * product;
   }
+  if (exists && plan.kept_out) {
+    auto* to = static_cast<Element*>(plan.kept_out) + (head_row * a.len_q + row) * a.value_dim;
+    for (int i = lane * PER_CHUNK; i < a.value_dim; i += kLanesPerRow * PER_CHUNK)
+      *reinterpret_cast<uint4*>(to + i) = kept ? *reinterpret_cast<const uint4*>(dout + i) : uint4{};
+  }
+  if (lane != 0 || row >= plan.padded_rows) return;
   plan.row_lse[head_row * plan.padded_rows + row] = lse;
   plan.row_delta[head_row * plan.padded_rows + row] = delta;
   if (plan.row_sink) plan.row_sink[head_row * plan.padded_rows + row] = sink_part;
@@ -87,22 +100,50 @@ int64_t ordered_blocks(const AttentionProblem& problem, const CudaContext& conte
   return blocks * (problem.lists.block_k / 64) > 2 * int64_t(context.multiprocessors) ? blocks : 0;
 }
 
-int64_t padded_rows(const AttentionProblem& problem) { return (problem.len_q + kPadRows - 1) / kPadRows * kPadRows; }
-
 template <class Element>
-Status run(const BackwardPlan& plan, cudaStream_t stream) {
-  const AttentionBackward& a = plan.a;
-  if (plan.padded_rows > 0) {
-    constexpr int rows = kPrepareThreads / kLanesPerRow;
-    prepare_rows<Element><<<dim3(unsigned(plan.padded_rows / rows), unsigned(a.heads_q), unsigned(a.batch)),
-                            kPrepareThreads, 0, stream>>>(plan);
-    Status status = status_of(cudaGetLastError(), "attention backward: prepare_rows");
-    if (!status.ok()) return status;
-  }
-  return launch_backward<Element>(plan, stream);
+void prepare(const BackwardPlan& plan, cudaStream_t stream) {
+  constexpr int rows = kPrepareThreads / kLanesPerRow;
+  prepare_rows<Element><<<dim3(unsigned(plan.padded_rows / rows), unsigned(plan.a.heads_q), unsigned(plan.a.batch)),
+                          kPrepareThreads, 0, stream>>>(plan);
 }
 
 }  // namespace
+
+int64_t padded_rows(const AttentionProblem& problem) { return (problem.len_q + kPadRows - 1) / kPadRows * kPadRows; }
+
+int64_t kept_out_bytes(const AttentionProblem& p) {
+  return p.sinks ? p.batch * p.heads_q * p.len_q * p.value_dim * size_of(p.dtype) : 0;
+}
+
+Status prepare_backward_rows(BackwardPlan* plan, void* kept_out, cudaStream_t stream) {
+  if (plan->padded_rows == 0) return {};
+  AttentionBackward& a = plan->a;
+  if (a.grad_lse && a.sinks) plan->kept_out = kept_out;
+  switch (a.dtype) {
+    case DType::bf16: prepare<__nv_bfloat16>(*plan, stream); break;
+    case DType::f16: prepare<__half>(*plan, stream); break;
+    default: prepare<float>(*plan, stream); break;
+  }
+  if (plan->kept_out) {
+    a.grad_out.data = plan->kept_out;
+    a.grad_out.row = a.value_dim;
+    a.grad_out.head = a.len_q * a.grad_out.row;
+    a.grad_out.batch = a.heads_q * a.grad_out.head;
+  }
+  return status_of(cudaGetLastError(), "attention backward: prepare_rows");
+}
+
+Status sum_backward_sinks(const BackwardPlan& plan, cudaStream_t stream) {
+  const AttentionBackward& a = plan.a;
+  if (!a.grad_sinks) return {};
+  if (plan.padded_rows == 0) {
+    return status_of(cudaMemsetAsync(a.grad_sinks, 0, size_t(a.batch * a.heads_q) * sizeof(float), stream),
+                     "attention backward: clearing grad_sinks");
+  }
+  sum_sinks<<<unsigned(a.batch * a.heads_q), kSumThreads, 0, stream>>>(plan);
+  return status_of(cudaGetLastError(), "attention backward: sum_sinks");
+}
+
 }  // namespace sparsekit::cuda
 
 namespace sparsekit {
@@ -110,7 +151,8 @@ namespace sparsekit {
 size_t attention_backward_workspace_sm80(const AttentionProblem& problem, const CudaContext& context) {
   const int64_t rows = problem.batch * problem.heads_q * cuda::padded_rows(problem);
   const int64_t dim = cuda::backward_dim(problem.dtype, problem.head_dim, problem.value_dim);
-  return size_t(rows * (3 + dim) + cuda::ordered_blocks(problem, context)) * sizeof(float);
+  return size_t(rows * (3 + dim) + cuda::ordered_blocks(problem, context)) * sizeof(float) +
+         size_t(cuda::kept_out_bytes(problem));
 }
 
 Status attention_backward_sm80(const AttentionBackward& arguments, const CudaContext& context) {
@@ -141,8 +183,9 @@ Status attention_backward_sm80(const AttentionBackward& arguments, const CudaCon
   plan.row_lse = floats;
   plan.row_delta = floats + rows;
   if (a.grad_sinks) plan.row_sink = floats + 2 * rows;
+  auto* kept_out = reinterpret_cast<char*>(floats + 3 * rows);  // a multiple of 16 bytes, as rows is of kPadRows
   if (ordered_blocks(a, context) > 0) {
-    auto* order = reinterpret_cast<int32_t*>(floats + 3 * rows);
+    auto* order = reinterpret_cast<int32_t*>(kept_out + kept_out_bytes(a));
     Status status = schedule_keys_longest_first(a, a.transpose.offsets, order, context.stream);
     if (!status.ok()) return status;
     plan.order = order;
@@ -157,18 +200,15 @@ Status attention_backward_sm80(const AttentionBackward& arguments, const CudaCon
     if (code != cudaSuccess) return status_of(code, "attention backward: clearing dQ's scratch");
   }
 
-  Status status = a.dtype == DType::bf16  ? run<__nv_bfloat16>(plan, stream)
-                  : a.dtype == DType::f16 ? run<__half>(plan, stream)
-                  : a.dtype == DType::f32
-                      ? run<float>(plan, stream)
-                      : error(Status::Kind::unsupported,
-                              "attention backward: query is %s; CUDA takes bfloat16, float16, float32", name(a.dtype));
-  if (!status.ok() || !a.grad_sinks) return status;
-  if (plan.padded_rows == 0)
-    return status_of(cudaMemsetAsync(a.grad_sinks, 0, size_t(a.batch * a.heads_q) * sizeof(float), stream),
-                     "attention backward: clearing grad_sinks");
-  sum_sinks<<<unsigned(a.batch * a.heads_q), kSumThreads, 0, stream>>>(plan);
-  return status_of(cudaGetLastError(), "attention backward: sum_sinks");
+  Status status = prepare_backward_rows(&plan, kept_out, stream);
+  if (!status.ok()) return status;
+  status = a.dtype == DType::bf16  ? launch_backward<__nv_bfloat16>(plan, stream)
+           : a.dtype == DType::f16 ? launch_backward<__half>(plan, stream)
+           : a.dtype == DType::f32
+               ? launch_backward<float>(plan, stream)
+               : error(Status::Kind::unsupported,
+                       "attention backward: query is %s; CUDA takes bfloat16, float16, float32", name(a.dtype));
+  return status.ok() ? sum_backward_sinks(plan, stream) : status;
 }
 
 }  // namespace sparsekit

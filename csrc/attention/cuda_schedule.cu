@@ -49,12 +49,21 @@ struct KeyBlockLength {
   }
 };
 
+/// Keys that a cell of a stripe plan walks.
+struct CellLength {
+  const CellCounts* counts;
+  int tile_keys;
+
+  __device__ int entry(int item) const { return item; }
+  __device__ int operator()(int item) const { return counts[item].tiles * tile_keys + counts[item].columns; }
+};
+
 /// places[bucket][thread] is kept in this order; the gaps let threads add up 32 neighbours each without bank conflicts.
 __device__ int place(int i) { return i + i / kWarpSize; }
 
 template <class Length>
-__global__ void __launch_bounds__(kThreads)
-    longest_first(const __grid_constant__ Length length, int items, int items_per_group, int32_t* order) {
+__global__ void __launch_bounds__(kThreads) longest_first(const __grid_constant__ Length length, int items,
+                                                          int items_per_group, int32_t* order, int32_t* counter) {
   // places[bucket][thread]: how many of the thread's items fall into the bucket, then where the next of them goes.
   __shared__ int places[kBuckets * kThreads + kBuckets * kThreads / kWarpSize];
   __shared__ int longest, warp_sums[kThreads / kWarpSize];
@@ -64,6 +73,7 @@ __global__ void __launch_bounds__(kThreads)
   const int first = group + min(in_group, thread * per_thread), last = group + min(in_group, (thread + 1) * per_thread);
 
   if (thread == 0) longest = 1;
+  if (thread == 0 && blockIdx.x == 0 && counter) *counter = 0;
   for (int bucket = 0; bucket < kBuckets; ++bucket) places[place(bucket * kThreads + thread)] = 0;
   __syncthreads();
   int mine = 0;
@@ -102,25 +112,44 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-Status schedule_longest_first(const AttentionProblem& p, int32_t* order, void* stream) {
+/// Key heads whose keys and values fit half the L2 cache, at least one.
+static Status heads_in_l2(const AttentionProblem& p, int64_t* heads) {
   int device = 0, l2_bytes = 0;
   cudaError_t code = cudaGetDevice(&device);
   if (code == cudaSuccess) code = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device);
-  if (code != cudaSuccess) return status_of(code, "reading the device's L2 size");
   const int64_t kv_head_bytes = p.len_k * (int64_t(p.head_dim) + p.value_dim) * size_of(p.dtype) + 1;
-  const int64_t kv_heads = l2_bytes / 2 / kv_head_bytes > 1 ? l2_bytes / 2 / kv_head_bytes : 1;
+  *heads = l2_bytes / 2 / kv_head_bytes > 1 ? l2_bytes / 2 / kv_head_bytes : 1;
+  return status_of(code, "reading the device's L2 size");
+}
+
+Status schedule_longest_first(const AttentionProblem& p, int32_t* order, void* stream, int32_t* counter) {
+  int64_t kv_heads;
+  const Status status = heads_in_l2(p, &kv_heads);
+  if (!status.ok()) return status;
   const int64_t items = p.batch * p.heads_q * p.lists.q_blocks;  // the caller keeps these within int32
   const int64_t group = kv_heads * (p.heads_q / p.heads_kv) * p.lists.q_blocks,
                 items_per_group = group < items ? group : items;
   longest_first<<<unsigned((items + items_per_group - 1) / items_per_group), kThreads, 0,
-                  static_cast<cudaStream_t>(stream)>>>(RowLength{p}, int(items), int(items_per_group), order);
+                  static_cast<cudaStream_t>(stream)>>>(RowLength{p}, int(items), int(items_per_group), order, counter);
   return status_of(cudaGetLastError(), "launching the ordering of the block lists");
+}
+
+Status schedule_cells_longest_first(const AttentionProblem& p, const StripePlan& plan, void* stream) {
+  int64_t kv_heads;
+  const Status status = heads_in_l2(p, &kv_heads);
+  if (!status.ok()) return status;
+  const int64_t list_heads = kv_heads * plan.list_heads / p.heads_kv;
+  const int64_t group = (list_heads > 1 ? list_heads : 1) * plan.cut.cells();
+  const int per_group = int(group < plan.cells ? group : plan.cells);
+  longest_first<<<unsigned((plan.cells + per_group - 1) / per_group), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      CellLength{plan.counts, plan.tile_keys}, plan.cells, per_group, plan.order, plan.counter);
+  return status_of(cudaGetLastError(), "launching the ordering of the stripe plan");
 }
 
 Status schedule_keys_longest_first(const AttentionProblem& p, const int32_t* offsets, int32_t* order, void* stream) {
   const int k_blocks = int(p.k_blocks()), heads = int(p.batch * p.heads_kv);  // int32, as above
   longest_first<<<unsigned(heads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      KeyBlockLength{p, offsets, k_blocks}, heads * k_blocks, k_blocks, order);
+      KeyBlockLength{p, offsets, k_blocks}, heads * k_blocks, k_blocks, order, nullptr);
   return status_of(cudaGetLastError(), "launching the ordering of the key blocks");
 }
 

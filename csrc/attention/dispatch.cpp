@@ -14,12 +14,10 @@ struct Entry {
 
 constexpr Entry table[] = {
 #ifdef SPARSEKIT_X86
-    {&attention_cpu_avx512_bf16, Isa::avx512_bf16},
-    {&attention_cpu_avx512, Isa::avx512},
-    {&attention_cpu_avx2, Isa::avx2},
+    {&attention_cpu_amx, Isa::amx},           {&attention_cpu_avx512_bf16, Isa::avx512_bf16},
+    {&attention_cpu_avx512, Isa::avx512},     {&attention_cpu_avx2, Isa::avx2},
 #endif
-    {&attention_cpu_portable, Isa::portable},
-    {&attention_cpu_reference, Isa::reference},
+    {&attention_cpu_portable, Isa::portable}, {&attention_cpu_reference, Isa::reference},
 };
 
 const char* refuses(const Entry& entry, const AttentionProblem& problem, Direction direction,

@@ -1,4 +1,7 @@
 // Which CUDA implementation runs: the first of the table that does not refuse the problem on this card.
+#include <cstdlib>
+#include <cstring>
+
 #include "attention/cuda_implementations.h"
 #include "attention/plan.h"
 
@@ -6,13 +9,20 @@ namespace sparsekit {
 namespace {
 
 constexpr const CudaAttention* table[] = {
+    &attention_cuda_sm90,
     &attention_cuda_sm80,
+    &attention_cuda_stripes_sm90,
+    &attention_cuda_stripes_sm80,
 };
 
 const char* refuses(const CudaAttention& entry, const AttentionProblem& problem, Direction direction,
                     const CudaContext& context) {
   if (context.compute_capability < 80) return "needs a GPU of compute capability 8.0 (Ampere) or newer";
-  if (problem.stripes.any()) return "columns (stripes) have no CUDA kernel yet";
+  const char* forced = std::getenv("SPARSEKIT_CUDA_KERNELS");  // a part of the names that may run, as "sm80"
+  if (forced && !std::strstr(entry.name, forced)) return "SPARSEKIT_CUDA_KERNELS forces another implementation";
+  const bool stripes = &entry == &attention_cuda_stripes_sm90 || &entry == &attention_cuda_stripes_sm80;
+  if (problem.stripes.any() != stripes)
+    return stripes ? "takes columns (stripes) only" : "takes blocks only, no columns";
   return entry.refuses(problem, direction, context);
 }
 

@@ -1,5 +1,6 @@
 // Which kernels run, and how their work is cut: in chunks of about 128 KB of result, by shape alone.
 #include "common/cpu/features.h"
+#include "tokens/check.h"
 #include "tokens/match.h"
 #include "tokens/plan.h"
 
@@ -105,29 +106,6 @@ struct Combination {
   }
 };
 
-bool is_float(TokenType type) {
-  return type == TokenType::f32 || type == TokenType::f16 || type == TokenType::bf16 || type == TokenType::f64;
-}
-
-Status check_types(const ScatterTokens& t) {
-  for (int64_t i = 0; i < t.tensors && t.reduce != TokenReduce::copy; ++i) {
-    TokenType type = t.out[i].type;
-    if (type == TokenType::bytes) {
-      return error(Kind::unsupported,
-                   "tensors[%lld]: this dtype cannot be summed; supported: float32, float16, "
-                   "bfloat16, float64, int32, int64, or reduce='copy'",
-                   (long long)i);
-    }
-    if (!is_float(type) && (t.weights || t.reduce == TokenReduce::mean)) {
-      return error(Kind::unsupported,
-                   "tensors[%lld]: integers have no mean and no weights; supported: reduce='copy', "
-                   "or 'add' without weights",
-                   (long long)i);
-    }
-  }
-  return {};
-}
-
 /// What becomes of the dot product of an entry that went to row n.
 template <class Float>
 void finish(Float& sum, const Float* totals, const Float* grad_totals, int64_t n, bool mean) {
@@ -209,7 +187,7 @@ Status gather_tokens(const GatherTokens& g, const ParallelFor& parallel) {
 Status scatter_tokens(const ScatterTokens& t, const ParallelFor& parallel) {
   Status status = check_isa();
   OwnedPlan owned;
-  if (status.ok()) status = check_types(t);
+  if (status.ok()) status = check_token_types(t);
   if (status.ok()) status = plan_scatter(t, parallel, &owned);
   if (!status.ok()) return status;
   Combination(owned.plan, t.in, t.base, t.out, t.tensors, t.reduce != TokenReduce::copy).run(parallel);

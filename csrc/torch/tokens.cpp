@@ -8,13 +8,7 @@ namespace sparsekit {
 namespace {
 
 std::string tokens_plan_cpu(ScalarType dtype, bool match) {
-  TokensPlan plan = tokens_plan(to_token_type(dtype), match);
-  std::string text;
-  for (int i = 0; i < plan.count; ++i) {
-    if (i) text += "\n";
-    text += std::string(plan.entries[i].name) + ": " + (plan.entries[i].reason ? plan.entries[i].reason : "runs");
-  }
-  return text;
+  return plan_lines(tokens_plan(to_token_type(dtype), match));
 }
 
 }  // namespace

@@ -42,4 +42,7 @@ class TokenTensors {
 
 TokenType to_token_type(ScalarType type);
 
+/// One line per implementation, best first: "name: runs" or "name: reason".
+std::string plan_lines(const TokensPlan& plan);
+
 }  // namespace sparsekit

@@ -21,6 +21,8 @@
 
 namespace sparsekit {
 
+struct CudaContext;  // sparsekit/attention.h
+
 /// What a payload holds. `bytes`: anything that is only moved (bool, int8, complex ...), or summed by nobody.
 enum class TokenType : int32_t { f32, f16, bf16, f64, i32, i64, bytes };
 
@@ -157,5 +159,20 @@ struct TokensPlan {
   int count = 0;
 };
 TokensPlan tokens_plan(TokenType type, bool match);
+
+// ---- on CUDA: without a host sync, on the context's stream, with as much workspace as the function beside each asks
+// for, which shapes alone decide. An entry that names no token counts as -1, cu_seqlens are clamped to the rows that
+// exist, a list of kept rows ends before its first bad entry, a negative r is 0: docs/tokens.md.
+
+Status gather_tokens(const GatherTokens& arguments, const CudaContext& context);
+size_t scatter_tokens_workspace(const ScatterTokens& arguments);
+Status scatter_tokens(const ScatterTokens& arguments, const CudaContext& context);
+size_t scatter_tokens_backward_workspace(const ScatterTokensBackward& arguments);
+Status scatter_tokens_backward(const ScatterTokensBackward& arguments, const CudaContext& context);
+size_t compact_rows_workspace(const CompactRows& arguments);
+Status compact_rows(const CompactRows& arguments, const CudaContext& context);
+size_t match_tokens_workspace(const MatchTokens& arguments, const CudaContext& context);
+Status match_tokens(const MatchTokens& arguments, const CudaContext& context);
+TokensPlan tokens_plan_cuda(TokenType type, bool match, const CudaContext& context);
 
 }  // namespace sparsekit

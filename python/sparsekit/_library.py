@@ -61,7 +61,8 @@ def _load_library(torch, path: Path) -> None:
 
 @contextlib.contextmanager
 def isa(name: str):
-    """Within, CPU kernels use at most this instruction set: "avx512_bf16", "avx512", "avx2", "portable" or "reference".
+    """Within, CPU kernels use at most this instruction set: "amx", "avx512_bf16", "avx512", "avx2", "portable" or
+    "reference".
 
     Sets the environment variable SPARSEKIT_ISA, which every call reads; an unknown name is that call's error. It holds
     for the whole process, not for one thread.

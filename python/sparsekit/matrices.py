@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .formats import capturing
+
 __all__ = ["BlockSparseMatrix", "NMGMatrix"]
 
 _ops = torch.ops.sparsekit
@@ -190,13 +192,13 @@ class BlockSparseMatrix(_Container):
 
     def transposed_pattern(self) -> tuple[Tensor, Tensor, Tensor]:
         """(ccol_indices, row_indices, entries): block column j holds the blocks entries[ccol[j] : ccol[j + 1]], which
-        stand in the block rows row_indices[...]. Computed at the first call and kept (inside torch.compile: computed
-        in the graph)."""
+        stand in the block rows row_indices[...]. Computed at the first call and kept (inside torch.compile, and while a
+        CUDA graph is captured: computed in the graph)."""
         if self.ccol_indices is not None:
             return tuple(getattr(self, name) for name in _TRANSPOSE)
         columns = -(-self.shape[1] // self.values.shape[2])
         pattern = _ops.transpose_block_sparse(self.crow_indices, self.col_indices, columns)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not capturing(self.col_indices):
             for name, tensor in zip(_TRANSPOSE, pattern, strict=True):
                 object.__setattr__(self, name, tensor)
         return pattern
@@ -292,7 +294,7 @@ class NMGMatrix(_Container):
         if col is None:
             first = torch.arange(chunks, dtype=torch.int32, device=self.values.device)[:, None] * self.m
             col = (first + self.indices.to(torch.int32)).reshape(-1)
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and not capturing(col):
                 object.__setattr__(self, "col_indices", col)
         crow = torch.arange(groups + 1, dtype=torch.int32, device=self.values.device) * (chunks * n)
         return BlockSparseMatrix(self.values.reshape(groups * chunks * n, g, 1), crow, col, shape=self.shape)

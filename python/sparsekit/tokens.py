@@ -95,8 +95,8 @@ def gather_tokens(
         received, in the order of the index: the same bits in every run.
 
     Raises:
-        RuntimeError: a shape or dtype does not fit, an entry of index is below -1 or names no token (the first such
-            entry is named).
+        RuntimeError: a shape or dtype does not fit; on the CPU also where an entry of index is below -1 or names no
+            token (the first such entry is named). On CUDA such an entry counts as -1.
     """
     many, single = _as_list(tensors)
     outs = torch.ops.sparsekit.gather_tokens(many, index, _dims(dim, many), cu_seqlens, cu_seqlens_out, length)
@@ -250,8 +250,8 @@ def compact_kv(
         lengths: int32, `keep_index.shape[:-1]`: the rows in use. Changed in place to the number of rows kept.
 
     Raises:
-        RuntimeError: a row that is not in use, rows that do not ascend, a page that does not exist (the first bad entry
-            is named, and nothing has been changed).
+        RuntimeError: on the CPU a row that is not in use, rows that do not ascend, a page that does not exist (the first
+            bad entry is named, and nothing has been changed). On CUDA the list ends before such an entry.
     """
     torch.ops.sparsekit.compact_kv(
         list(cache_tensors), keep_index, block_table, lengths, bool(_number(layout, ("HND", "NHD"), "layout"))
@@ -269,8 +269,8 @@ def bipartite_match(metric: Tensor, r: int | Tensor, *, protect: int = 0, counts
     last, and then merges into the first odd position that may be merged into.
 
     Args:
-        metric: `[B, N, D]` float32, float16 or bfloat16 (on the CPU also float64, slowly), such as the keys averaged
-            over heads.
+        metric: `[B, N, D]` float32, float16 or bfloat16 (also float64, slowly), such as the keys averaged over heads.
+            On CUDA rows should be a multiple of 16 bytes long and apart; others are searched many times slower.
         r: how many tokens to merge away: an int for all samples, or int32 or int64 `[B]`. More than
             (N - protect) // 2 are not possible: r is clamped to that.
         protect: the first so many tokens (class token, registers) are neither merged nor merged into.

@@ -43,6 +43,18 @@ SPARSEKIT_INLINE Simd::Int load_bf16_pairs(const uint16_t* p, int count) {
                      : _mm512_maskz_loadu_epi16(__mmask32((1ull << (count < 0 ? 0 : count)) - 1), p);
 }
 
+SPARSEKIT_INLINE void store_bf16_pairs(void* p, Simd::Int pairs, int count) {
+  if (count >= 32) return _mm512_storeu_si512(p, pairs);
+  _mm512_mask_storeu_epi16(p, __mmask32((1ull << count) - 1), pairs);
+}
+
+/// Two rows of fp32 to one of pairs, rounded to nearest even: results, where Bf16Product::join does for weights.
+SPARSEKIT_INLINE Simd::Int round_bf16_pairs(Simd::Float even, Simd::Float odd) {
+  const Simd::Int order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+
 /// Interleaves two rows of `count` (0 to 16) bf16 along d: element d is (even[d], odd[d]); without `second` (even[d],
 /// 0).
 SPARSEKIT_INLINE Simd::Int interleave_bf16(const uint16_t* even, const uint16_t* odd, int count, bool second) {

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.library import register_autograd, register_vmap
 
 _library = torch.library.Library("sparsekit", "FRAGMENT")
@@ -49,8 +50,15 @@ def differentiable(op, setup_context: Callable, formula: Callable) -> None:
 
     Derivative.__name__ = Derivative.__qualname__ = f"DerivativeOf_{call.name().replace('::', '_')}"
 
+    # Inside torch.func's transforms this runs where the autograd kernel of any op does, once for each level, so that
+    # it only has to record at that level; Function.apply would begin at the outermost one again.
+    record_at_this_level = super(torch.autograd.Function, Derivative).apply
+
     def kernel(keyset, *args):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            if torch._C._are_functorch_transforms_active():
+                with enable_single_level_autograd_function():
+                    return record_at_this_level(keyset, *args)
             return Derivative.apply(keyset, *args)
         return below_autograd(keyset, *args)
 

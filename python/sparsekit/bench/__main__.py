@@ -7,6 +7,7 @@ import sys
 FAMILIES = {  # a module of this package each
     "attention": "block-sparse attention on random lists per head",
     "stripes": "stripe-sparse attention on random columns, beside blocks of the same density",
+    "recipes": "published recipes on a long prompt, everything included, beside dense causal attention",
     "matmul": "products with random block-sparse weights",
     "tokens": "gather, scatter, matching and merging of tokens",
     "selection": "scores, choices and lists beside torch's operators composed",

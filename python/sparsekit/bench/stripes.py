@@ -5,9 +5,12 @@ gathering costs.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import fnmatch
+import functools
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -19,9 +22,9 @@ import sparsekit
 
 from .baselines import Contender, _timed, flop
 from .baselines import ours as block_sparse
-from .cases import AttentionCase, make_inputs
+from .cases import AttentionCase
 from .machine import about_this_run, machine, multiply_add_peak
-from .stripe_cases import make_stripe_inputs, stripe_bench_cases, stripe_pairs
+from .stripe_cases import beside, make_stripe_inputs, stripe_bench_cases, stripe_pairs
 from .timing import Stopwatch, median_ratio
 
 
@@ -30,10 +33,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cases", default="*", help="names or patterns, comma separated; 'list' lists them")
     parser.add_argument("--backward", action="store_true", help="time the backward instead of the forward")
-    parser.add_argument("--dense", action="store_true", help="also dense scaled_dot_product_attention")
+    parser.add_argument("--dense", action="store_true", help="also dense scaled_dot_product_attention (CUDA: of cuDNN)")
     parser.add_argument("--length", type=int, help="tokens, instead of the case's")
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender and case")
     parser.add_argument("--json", type=Path, help="write everything that was measured")
+
+
+def dense_backend(device: str):
+    """cuDNN on a GPU, else torch's choice."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if device == "cuda" else contextlib.nullcontext()
+
+
+def _with_kernels(name: str, call):
+    """A call that only CUDA implementations of this name may take."""
+    os.environ["SPARSEKIT_CUDA_KERNELS"] = name
+    try:
+        return call()
+    finally:
+        del os.environ["SPARSEKIT_CUDA_KERNELS"]
 
 
 def contenders(case, options) -> list[Contender]:
@@ -45,16 +64,23 @@ def contenders(case, options) -> list[Contender]:
 
     def dense(query, key, value):
         grouped = case.heads_q != case.heads_kv
-        return F.scaled_dot_product_attention(query, key, value, is_causal=case.causal, enable_gqa=grouped)
+        with dense_backend(options.device):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=case.causal, enable_gqa=grouped)
 
     everything = case.batch * case.heads_q * case.len_q * (case.len_k + 1 if case.causal else 2 * case.len_k) // 2
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(AttentionCase)}
     blocks = AttentionCase(**fields | dict(block_size=(128, 128), density=pairs / everything))
     results = [
         Contender("stripes", _timed(stripes, tensors, options.backward), pairs),
-        dataclasses.replace(block_sparse(make_inputs(blocks, options.device), options.backward), name="blocks"),
+        dataclasses.replace(block_sparse(beside(blocks, inputs), options.backward), name="blocks"),
     ]
-    if options.dense:
+    if (
+        options.device == "cuda" and not options.backward
+    ):  # the kernel that stripes are built on, where another is faster
+        for contender in (results[0], results[1]):
+            call = functools.partial(_with_kernels, "sm80", contender.call)
+            results.append(dataclasses.replace(contender, name=f"{contender.name}, sm80", call=call))
+    if options.dense and (options.device == "cpu" or case.dtype != torch.float32):  # cuDNN takes 16 bits
         results.append(Contender("dense", _timed(dense, tensors, options.backward), everything))
     return results
 

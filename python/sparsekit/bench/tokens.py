@@ -1,4 +1,8 @@
-"""Token movers beside eager torch and a plain copy of their bytes: `python -m sparsekit.bench tokens`."""
+"""Token movers beside eager torch and a plain copy of their bytes: `python -m sparsekit.bench tokens`.
+
+On CUDA the working sets are more than four times an H200's L2 cache (50 MB), and each contender is captured in a CUDA graph, so that the
+time is the device's.
+"""
 
 import argparse
 import ctypes
@@ -35,9 +39,10 @@ def _grad(forward: Callable, *leaves: torch.Tensor) -> Callable:
 
 
 def gather(row_bytes: int, device: str) -> Problem:
-    """96 MB of rows of a 512 MB tensor."""
-    x = torch.randn(1, (512 << 20) // row_bytes, row_bytes // 4, device=device)
-    index = torch.randint(0, x.shape[1], (1, (96 << 20) // row_bytes), device=device)
+    """96 MB of rows of a 512 MB tensor; on CUDA 256 MB of 2 GB."""
+    kept, of = (96 << 20, 512 << 20) if device == "cpu" else (256 << 20, 2 << 30)
+    x = torch.randn(1, of // row_bytes, row_bytes // 4, device=device)
+    index = torch.randint(0, x.shape[1], (1, kept // row_bytes), device=device)
     same = x[:, : index.shape[1]].clone()
     into = torch.empty_like(same)
     calls = {
@@ -50,22 +55,25 @@ def gather(row_bytes: int, device: str) -> Problem:
 
 
 def gather_several(device: str) -> Problem:
-    """Hidden states, residual, positions, and rotary tables of [8, 4096] tokens, half of them kept."""
-    x, residual = (torch.randn(8, 4096, 1024, device=device, dtype=torch.bfloat16) for _ in range(2))
-    tables = [torch.randn(8, 4096, 64, device=device) for _ in range(2)]
-    tensors = [x, residual, torch.arange(4096, device=device).expand(8, -1), *tables]
-    index = torch.stack([torch.randperm(4096, device=device)[:2048].sort().values for _ in range(8)])
+    """Hidden states, residual, positions, and rotary tables of [8, 4096] tokens (CUDA: [64, 4096]), half of them kept."""
+    samples = 8 if device == "cpu" else 64
+    x, residual = (torch.randn(samples, 4096, 1024, device=device, dtype=torch.bfloat16) for _ in range(2))
+    tables = [torch.randn(samples, 4096, 64, device=device) for _ in range(2)]
+    tensors = [x, residual, torch.arange(4096, device=device).expand(samples, -1), *tables]
+    index = torch.stack([torch.randperm(4096, device=device)[:2048].sort().values for _ in range(samples)])
     copies = [tensor[:, :2048].clone() for tensor in tensors]
+    one = torch.randn(samples, 4096, 2304, device=device, dtype=torch.bfloat16)  # their bytes but for the positions
 
     def eager():
         return [
-            tensor.gather(1, index.view(8, -1, *[1] * (tensor.dim() - 2)).expand(-1, -1, *tensor.shape[2:]))
+            tensor.gather(1, index.view(samples, -1, *[1] * (tensor.dim() - 2)).expand(-1, -1, *tensor.shape[2:]))
             for tensor in tensors
         ]
 
     calls = {
         "sparsekit": lambda: sparsekit.gather_tokens(tensors, index),
         "sparsekit, one by one": lambda: [sparsekit.gather_tokens(tensor, index) for tensor in tensors],
+        "sparsekit, one tensor of as many bytes": lambda: sparsekit.gather_tokens(one, index),
         "torch clone": lambda: [copy.clone() for copy in copies],
         "torch gather": eager,
     }
@@ -73,13 +81,14 @@ def gather_several(device: str) -> Problem:
 
 
 def scatter_add(device: str) -> Problem:
-    """bf16 rows of 8 KB, two for each of the targets."""
-    src = torch.randn(1, 4096, 4096, device=device, dtype=torch.bfloat16)
-    index = torch.randperm(4096, device=device)[None] // 2
-    zeros = torch.zeros(2048, 4096, device=device, dtype=torch.bfloat16)
+    """bf16 rows of 8 KB (CUDA: 256 MB of them), two for each of the targets."""
+    rows = 4096 if device == "cpu" else 32768
+    src = torch.randn(1, rows, 4096, device=device, dtype=torch.bfloat16)
+    index = torch.randperm(rows, device=device)[None] // 2
+    zeros = torch.zeros(rows // 2, 4096, device=device, dtype=torch.bfloat16)
     calls = {
-        "sparsekit": lambda: sparsekit.scatter_tokens(src, index, 2048, reduce="add"),
-        "clone of the sources": src.clone,
+        "sparsekit": lambda: sparsekit.scatter_tokens(src, index, rows // 2, reduce="add"),
+        "copy of as many bytes": src[:, : rows * 3 // 4].clone,
         "torch index_add": lambda: zeros.index_add(0, index[0], src[0]),
     }
     return Problem(calls, src.nbytes * 3 // 2)
@@ -108,44 +117,47 @@ def eager_tome(x: torch.Tensor, sizes: torch.Tensor, match) -> torch.Tensor:
     return eager_merge(x * sizes, *match) / eager_merge(sizes, *match)
 
 
-def _tome_inputs(dtype: torch.dtype, device: str):
-    x = torch.randn(64, 576, 1024, device=device).to(dtype)
-    return x, torch.ones(64, 576, 1, device=device, dtype=dtype), 128
+def _tome_inputs(dtype: torch.dtype, device: str, samples: int = 64):
+    x = torch.randn(samples, 576, 1024, device=device).to(dtype)
+    return x, torch.ones(samples, 576, 1, device=device, dtype=dtype), 128
 
 
 def tome(dtype: torch.dtype, device: str) -> Problem:
     x, sizes, r = _tome_inputs(dtype, device)
     flat = sizes[..., 0].float()
+    match = sparsekit.bipartite_match(x, r)
     calls = {
         "sparsekit": lambda: sparsekit.merge_tokens(x, sparsekit.bipartite_match(x, r), flat),
         "sparsekit, match alone": lambda: sparsekit.bipartite_match(x, r),
+        "sparsekit, merge alone": lambda: sparsekit.merge_tokens(x, match, flat),
         "torch eager": lambda: eager_tome(x, sizes, eager_match(x, r)),
     }
     return Problem(calls, x.nbytes * (576 + 448) // 576)
 
 
 def merge_backward(dtype: torch.dtype, device: str) -> Problem:
-    x, sizes, r = _tome_inputs(dtype, device)
+    x, sizes, r = _tome_inputs(dtype, device, 64 if device == "cpu" else 256)
     match, eager = sparsekit.bipartite_match(x, r), eager_match(x, r)
     flat = sizes[..., 0].float()
     calls = {
         "sparsekit": _grad(lambda x: sparsekit.merge_tokens(x, match, flat)[0], x),
         "torch eager": _grad(lambda x: eager_tome(x, sizes, eager), x),
-        "clone of the tokens": x.clone,
+        "copy of as many bytes": x[: x.shape[0] * (576 + 448) // 1152].clone,
     }
     return Problem(calls, x.nbytes * (576 + 448) // 576)
 
 
 def gather_backward(dtype: torch.dtype, device: str) -> Problem:
     """Half of the tokens kept: the gradient of the others is zero."""
-    x = torch.randn(64, 576, 1024, device=device).to(dtype)
-    index = torch.stack([torch.randperm(576, device=device)[:288].sort().values for _ in range(64)])
-    batch = torch.arange(64, device=device)[:, None]
+    samples = 64 if device == "cpu" else 256
+    x = torch.randn(samples, 576, 1024, device=device).to(dtype)
+    index = torch.stack([torch.randperm(576, device=device)[:288].sort().values for _ in range(samples)])
+    batch = torch.arange(samples, device=device)[:, None]
     calls = {
         "sparsekit": _grad(lambda x: sparsekit.gather_tokens(x, index), x),
         "torch gather": _grad(lambda x: x.gather(1, index[..., None].expand(-1, -1, 1024)), x),
         "torch x[batch, index]": _grad(lambda x: x[batch, index], x),
-        "clone of the tokens": x.clone,
+        "copy of as many bytes": x[: samples * 3 // 4].clone,
     }
     return Problem(calls, x.nbytes * 3 // 2)
 
@@ -188,9 +200,26 @@ def keep_memory() -> None:
         mallopt(option, value)
 
 
+def captured(call: Callable) -> Callable:
+    """The kernels of a call as a CUDA graph, on the current stream (which must not be the default one)."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        result = call()
+    return lambda: (graph.replay(), result)
+
+
 def measure(name: str, device: str, stopwatch: Stopwatch) -> dict:
+    if device == "cuda" and torch.cuda.current_stream() == torch.cuda.default_stream():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return measure(name, device, stopwatch)
     problem = CASES[name](device)
-    times = stopwatch.rounds(problem.calls)
+    calls = problem.calls
+    if device == "cuda":
+        calls = {contender: captured(call) for contender, call in calls.items()}
+    times = stopwatch.rounds(calls)
     rows = [
         {
             "name": contender,

@@ -11,7 +11,16 @@ import sparsekit
 from sparsekit import BlockPattern
 from sparsekit.selection import block_lists_from_bool
 
-from .recipe import Recipe, Stripes, lengths_of, per_query_head
+from .recipe import Recipe, Stripes, lengths_of
+
+
+def _block_means(x: Tensor, block_size: int) -> Tensor:
+    """Means in float32 over blocks of rows, the last of which may be short: [B, H, blocks, D]."""
+    whole = x.shape[2] // block_size * block_size
+    means = [x[:, :, :whole].unflatten(2, (-1, block_size)).mean(3, dtype=torch.float32)]
+    if whole < x.shape[2]:
+        means.append(x[:, :, whole:].mean(2, keepdim=True, dtype=torch.float32))
+    return torch.cat(means, 2)
 
 
 @dataclass(frozen=True)
@@ -48,25 +57,27 @@ class AnchorAttention(Recipe):
     def columns(self, query: Tensor, key: Tensor, lse: Tensor, scale: float | None) -> Stripes:
         """The stripes of the second stage, from the first's lse `[B, Hq, Sq]`."""
         len_q, len_k = lengths_of(query, key)
+        (batch, heads), kv_heads = query.shape[:2], key.shape[1]
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         rows, offset = self.step * self.block_size, len_k - len_q
         groups = -(-len_q // rows)
-        kept = torch.zeros(*query.shape[:2], groups, len_k, dtype=torch.bool, device=query.device)
+        # Scores in the tensors' own dtype on a GPU, where a product in float32 would take longer than the attention.
+        dtype = key.dtype if key.is_cuda else torch.float32
+        mean_query = _block_means(query, self.block_size).mul(scale).to(dtype)  # [B, Hq, blocks, D]
+        anchor = _block_means(lse[..., None], self.block_size).sub(self.theta).to(dtype)  # [B, Hq, blocks, 1]
+        kept = torch.zeros(batch, heads, groups, len_k, dtype=torch.bool, device=query.device)
         for group in range(groups):
-            own = slice(group * rows, min((group + 1) * rows, len_q))
             # Behind the first block and before the blocks that the first stage saw for this group.
-            keys = slice(self.block_size, (own.start + offset) // self.block_size * self.block_size)
+            keys = slice(self.block_size, (group * rows + offset) // self.block_size * self.block_size)
             if keys.stop <= keys.start:
                 continue
-            means = [
-                (q.float().mean(2), a.mean(2))
-                for q, a in zip(
-                    query[:, :, own].split(self.block_size, 2), lse[:, :, own].split(self.block_size, 2), strict=True
-                )
-            ]
-            mean_query, anchor = (torch.stack(parts, 2) for parts in zip(*means, strict=True))
-            score = scale * mean_query @ per_query_head(key[:, :, keys], query).float().mT
-            kept[:, :, group, keys] = (score >= anchor[..., None] - self.theta).any(2)
+            blocks = slice(group * self.step, (group + 1) * self.step)
+            # The query heads of a key head side by side: [B * Hkv, heads * blocks, ...]
+            means, lowest = (x[:, :, blocks].reshape(batch * kv_heads, -1, x.shape[-1]) for x in (mean_query, anchor))
+            columns = key[:, :, keys].to(dtype).flatten(0, 1)
+            above = torch.baddbmm(lowest, means, columns.mT, beta=-1)  # by how much a score is above what is asked for
+            best = above.view(batch, heads, -1, above.shape[-1]).amax(2)
+            kept[:, :, group, keys] = best >= 0
         counts, indices = block_lists_from_bool(kept)
         return Stripes(indices, counts, rows)
 

@@ -1,0 +1,7 @@
+#include "attention/cuda_stripes_forward_sm80.cuh"
+
+namespace sparsekit::sm80 {
+
+StripesForwardKernels stripes_forward_kernels_f16() { return stripes_forward_kernels_16bit<__half>(); }
+
+}  // namespace sparsekit::sm80

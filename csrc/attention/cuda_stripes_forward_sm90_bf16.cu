@@ -1,0 +1,7 @@
+#include "attention/cuda_stripes_forward_sm90.cuh"
+
+namespace sparsekit::sm90 {
+
+StripesForwardKernels stripes_forward_kernels_bf16() { return stripes_forward_kernels_16bit<__nv_bfloat16>(); }
+
+}  // namespace sparsekit::sm90
