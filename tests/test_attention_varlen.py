@@ -39,6 +39,12 @@ def test_features(backend: Backend, feature, seed):
     check_backward(backend, problem)
 
 
+@pytest.mark.parametrize("feature", [name for name in FEATURES if "fewer" not in name])
+def test_features_in_bfloat16(backend: Backend, feature, seed):
+    changes = {"heads_q": 4, **FEATURES[feature], "dtype": torch.bfloat16}
+    check_forward(backend, make_problem(packed("several", **changes), backend, seed))
+
+
 @pytest.mark.parametrize("block", [(16, 16), (32, 64), (128, 128), (128, 16)], ids=str)
 def test_blocks(backend: Backend, block, seed):
     problem = make_problem(packed("empty", block_size=block, bits=True, dtype=torch.bfloat16), backend, seed)
@@ -51,9 +57,9 @@ def test_blocks(backend: Backend, block, seed):
 def test_random_problems(backend: Backend, problem):
     case, seed, options = problem
     about = (case.dtype, case.head_dim, case.value_dim, case.block_size)
-    if all(backend.refusal(*about, packed=True, backward=way) is None for way in (False, True)):
-        check_forward(backend, make_problem(case, backend, seed, **options), times=SEARCHED)
-        check_backward(backend, make_problem(case, backend, seed, **options), times=SEARCHED)
+    for backward, check in ((False, check_forward), (True, check_backward)):
+        if backend.refusal(*about, packed=True, backward=backward) is None:
+            check(backend, make_problem(case, backend, seed, **options), times=SEARCHED)
 
 
 def test_is_one_call_per_sequence(cpu_backend, seed):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sparsekit
-from backends import ABSENT, BACKENDS
+from backends import ABSENT, BACKENDS, CPU_NAMES
 from sparsekit import _info, _library
 
 PACKAGE = Path(sparsekit.__file__).parent
@@ -131,6 +131,16 @@ def test_an_unknown_isa_is_the_calls_error():
     pattern = sparsekit.BlockPattern.from_bool(torch.ones(1, 1, 1, 1, dtype=torch.bool), 16)
     query = torch.randn(1, 1, 16, 8)
     with sparsekit.isa("sse9"), pytest.raises(RuntimeError, match="SPARSEKIT_ISA.*portable"):
+        sparsekit.block_sparse_attention(query, query, query, pattern)
+
+
+def test_a_level_that_the_processor_lacks_is_the_calls_error():
+    lacking = [name for name in CPU_NAMES if name not in torch.ops.sparsekit.cpu_features().split()]
+    if not lacking:
+        pytest.skip("this processor has every level")
+    pattern = sparsekit.BlockPattern.from_bool(torch.ones(1, 1, 1, 1, dtype=torch.bool), 16)
+    query = torch.randn(1, 1, 16, 8)
+    with sparsekit.isa(lacking[-1]), pytest.raises(RuntimeError, match=f"SPARSEKIT_ISA={lacking[-1]}: "):
         sparsekit.block_sparse_attention(query, query, query, pattern)
 
 

@@ -14,7 +14,9 @@ from sparsekit import BlockPattern, selection
 OPS = torch.ops.sparsekit
 
 
-@pytest.fixture(params=[pytest.param(d, marks=[pytest.mark.cuda] * (d == "cuda")) for d in twins.DEVICES])
+@pytest.fixture(
+    params=[pytest.param(d, marks=[pytest.mark.cuda] * (d == "cuda")) for d in twins.DEVICES], scope="session"
+)
 def device(request) -> str:
     if not torch._C._dispatch_has_kernel_for_dispatch_key("sparsekit::union_block_lists", request.param.upper()):
         pytest.skip(f"union_block_lists has no {request.param} kernel")
@@ -55,10 +57,11 @@ def vertical_slash(vertical, slash, block, lengths, capacity):
     capacity=st.one_of(st.none(), st.integers(0, 6)),
     number=st.integers(0, 2**31),
 )
-def test_vertical_slash(lengths, block, lines, capacity, number):
+def test_vertical_slash(device, lengths, block, lines, capacity, number):
     torch.manual_seed(number)
     vertical, slash = (ints(2, 2, n, high=lengths[1]) for n in lines)
-    got = selection.vertical_slash_lists(vertical, slash, block, lengths, capacity=capacity)
+    got = selection.vertical_slash_lists(vertical.to(device), slash.to(device), block, lengths, capacity=capacity)
+    got = selection.VerticalSlashLists(*(x.cpu() for x in got))
     width = got.indices.shape[-1]
     assert width == capacity or capacity is None
     for b in range(2):
@@ -76,12 +79,12 @@ def test_vertical_slash(lengths, block, lines, capacity, number):
 
 def test_lines_chosen_from_columns_and_diagonals(device):
     """MInference's search: probe rows, their columns and diagonals, the best of both, lists for attention."""
-    query, key = torch.randn(1, 4, 300, 16, device=device), torch.randn(1, 2, 300, 16, device=device)
+    query, key = torch.randn(1, 4, 300, 32, device=device), torch.randn(1, 2, 300, 32, device=device)
     columns, diagonals = selection.column_scores(query[:, :, -64:], key, torch.arange(236, 300, device=device))
     vertical, _ = selection.select_top_k(columns, 20)
     slash, _ = selection.select_top_k(diagonals, 8, sink=1)
-    lists = selection.vertical_slash_lists(vertical, slash, 32, (300, 300))
-    pattern = BlockPattern.from_indices(lists.indices, lists.counts, 32, seq_lengths=(300, 300), causal=True)
+    lists = selection.vertical_slash_lists(vertical, slash, 64, (300, 300))
+    pattern = BlockPattern.from_indices(lists.indices, lists.counts, 64, seq_lengths=(300, 300), causal=True)
     assert pattern.to_dense().diagonal(dim1=-2, dim2=-1).all()  # the slash at distance 0
     assert sparsekit.block_sparse_attention(query, key, key, pattern).isfinite().all()
 
@@ -95,12 +98,13 @@ def test_lines_chosen_from_columns_and_diagonals(device):
     capacity=st.one_of(st.none(), st.integers(0, 7)),
     number=st.integers(0, 2**31),
 )
-def test_union(sizes, key_blocks, capacity, number):
+def test_union(device, sizes, key_blocks, capacity, number):
     torch.manual_seed(number)
     batch, heads, group, rows, width = sizes
     indices = ints(batch, heads * group, rows, width, high=key_blocks)
     counts = ints(batch, heads * group, rows, low=0, high=width + 1)
-    got = selection.union_block_lists(indices, counts, heads, key_blocks=key_blocks, capacity=capacity)
+    lists = indices.to(device), counts.to(device)
+    got = [x.cpu() for x in selection.union_block_lists(*lists, heads, key_blocks=key_blocks, capacity=capacity)]
     for b in range(batch):
         for h in range(heads):
             lists = []

@@ -129,21 +129,21 @@ def test_threshold_below_an_anchor(chooser):
 
 @pytest.mark.parametrize("columns", [4097, 20000, 131072])
 @pytest.mark.parametrize("kind", ["normal", "ties", "one_hot", "heavy", "softmax", "holes", "close", "descending"])
-def test_long_rows(cpu_backend, kind, columns):
+def test_long_rows(backend, kind, columns):
     """Rows that are narrowed by a sample first, against torch: the stable sort has ties at the lower index first."""
-    calls[cpu_backend.name] += 1
+    calls[backend.name] += 1
     scores = draw(kind, 1, 2, columns)
     order = scores.sort(dim=-1, descending=True, stable=True)
     for k in (1, 100, 2048, columns // 2):
         best = order.indices[..., :k].sort(-1).values.int()
         allowed = scores.gather(-1, best.long()) > -math.inf
-        got = run(cpu_backend, select_top_k, scores, k)
+        got = run(backend, select_top_k, scores, k)
         assert torch.equal(got[1], allowed.sum(-1).int())
         for row in range(2):
             assert torch.equal(got[0][0, row, : got[1][0, row]], best[0, row][allowed[0, row]])
     masses = scores.clamp(min=0).double()
     for p in (0.2, 0.95):
-        indices, counts = run(cpu_backend, select_top_p, scores, p)
+        indices, counts = run(backend, select_top_p, scores, p)
         for row in range(2):
             total, taken = masses[0, row].sum(), masses[0, row, indices[0, row, : counts[0, row]].long()]
             assert taken.sum() >= p * total * (1 - 1e-6)
@@ -176,8 +176,8 @@ def problems(draw_value):
 
 @settings(max_examples=60)
 @given(problem=problems(), rule=st.sampled_from(["top_k", "top_p", "head", "threshold"]), weighted=st.booleans())
-def test_any_choice(cpu_backend, problem, rule, weighted):
-    calls[cpu_backend.name] += 1
+def test_any_choice(backend, problem, rule, weighted):
+    calls[backend.name] += 1
     torch.manual_seed(problem["seed"])
     heads, rows, columns = shape = problem["shape"]
     scores = draw(problem["kind"], *shape, problem["dtype"])
@@ -187,17 +187,17 @@ def test_any_choice(cpu_backend, problem, rule, weighted):
     wanted = dict(bounds, width=problem["width"], row_limit=limits)
     if rule == "top_k":
         k = torch.randint(-1, columns + 3, shape[:2])
-        got = run(cpu_backend, select_top_k, scores, k, **given)
+        got = run(backend, select_top_k, scores, k, **given)
         want = twins.choose(scores, "top_k", number=k, **wanted)
     elif rule == "threshold":
         threshold = scores[..., 0].float().nan_to_num()
-        got = run(cpu_backend, select_threshold, scores, threshold, **given)
+        got = run(backend, select_threshold, scores, threshold, **given)
         want = twins.choose(scores, "threshold", number=threshold, **wanted)
     else:
         weights = torch.randint(0, 5, (heads, 1, columns)).float() if weighted else None
         by_head = rule == "head"
         p = torch.rand(shape[: 1 if by_head else 2])
-        got = run(cpu_backend, select_top_p, scores, p, weights=weights, scope="head" if by_head else "row", **given)
+        got = run(backend, select_top_p, scores, p, weights=weights, scope="head" if by_head else "row", **given)
         weights = None if weights is None else weights.expand(shape)
         want = twins.choose(scores, "top_p", number=p, weights=weights, by_head=by_head, **wanted)
     check(got, want)

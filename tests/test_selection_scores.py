@@ -64,7 +64,7 @@ def scorer(request):
 
 def run(backend, function, *args, **options):
     def moved(x):
-        return x.to(backend.device) if isinstance(x, torch.Tensor) else x
+        return x.to(backend.device) if isinstance(x, torch.Tensor | sparsekit.BlockPattern) else x
 
     with backend.forced():
         result = function(*map(moved, args), **{k: moved(v) for k, v in options.items()})
@@ -172,6 +172,24 @@ def test_column_scores(scorer, dtype):
     assert torch.allclose(
         run(scorer, selection.column_scores, query, key, torch.arange(291, 300))[1].sum(-1), torch.tensor(9.0)
     )
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 64, 64), (6, 1, 33, 128), (2, 2, 1, 40), (8, 1, 64, 96), (3, 3, 50, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_column_scores_of_a_prompt(scorer, dtype, shape):
+    """The last rows of a prompt, or rows in the middle: consecutive positions, many tiles of keys."""
+    heads, heads_kv, rows, dim = shape
+    query, key = tensors((2, heads, rows, dim), (2, heads_kv, 1157, dim), dtype, 3.0)
+    error = 2 * score_error(query, key, None)
+    for causal, start in ((True, 1157 - rows), (True, 500), (False, 700), (True, 0), (True, 1150)):
+        positions = torch.arange(start, start + rows)
+        got = run(scorer, selection.column_scores, query, key, positions, causal=causal)
+        for a, b in zip(got, twins.column_scores(query, key, positions.expand(2, rows), causal), strict=True):
+            assert_shares(a, b, error)
+    mixed = torch.stack([torch.arange(900, 900 + rows), torch.randint(0, 1157, (rows,))])  # one entry scattered
+    got = run(scorer, selection.column_scores, query, key, mixed)
+    for a, b in zip(got, twins.column_scores(query, key, mixed, True), strict=True):
+        assert_shares(a, b, error)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,8 +6,8 @@
 // all query heads of a key head where those share their lists. Its keys are split into shares of `share_keys`, counted
 // in list slots, so that the cut depends on the problem and never on the number of threads; whoever finishes the last
 // share of an item merges all of them in order. Inside a share keys go in chunks of up to 128, gathered from as many
-// blocks as it takes. The scores of one chunk and the weighted sum of the previous one take turns every 32 keys, so
-// that K and V arrive side by side: in turns of whole chunks, memory delivered a third less.
+// blocks as it takes. The scores of a run of chunks, up to the whole share, come before its first weighted sum: memory
+// and prefetchers deliver more in long runs along one stream than in turns between K and V.
 //
 // Bound: memory, up to about 8 rows of bf16 or fp32 on one core; beyond that multiply-adds. Split of keys:
 // FlashDecoding (Dao et al. 2023). What was measured: docs/attention-performance-cpu.md.
@@ -20,6 +20,7 @@ namespace {
 namespace few {
 
 constexpr int64_t most_shares = 512;  // about, of a call
+constexpr int run_scores = 8192;      // floats of scores in a run: 32 KB
 constexpr int most_tiles = 4;         // 64 rows; where a group of heads has more, its keys are read more than once
 
 struct Item {
@@ -78,7 +79,7 @@ class Worker {
     unit_ = transform_.needed ? 1.f : p_.scale * log2_e;
     queries_ = reserve<Element>(most_tiles * tile_rows * query_stride_);
     outputs_ = reserve<float>(most_tiles * tile_rows * output_stride_);
-    scores_ = reserve<float>(2 * most_tiles * tile_rows * score_stride);
+    scores_ = reserve<float>(larger(run_scores, most_tiles * tile_rows * score_stride) + score_stride);
     ready_ = arena_.allocate();
   }
   void release() { arena_.release(); }
@@ -99,17 +100,23 @@ class Worker {
   }
 
  private:
-  /// The gathered keys: the scores of a chunk while the values of the chunk before it are summed.
+  /// The gathered keys: scores of a run of chunks, then for each of them its weights and the sum of its values.
   void attend() {
     if (p_.key_bias) load_bias();
-    for (int first = 0, half = 0; first < keys_.count + chunk_keys; first += chunk_keys, half ^= 1) {
-      for (int n = first; n < first + chunk_keys; n += step_keys) {
-        for (int t = 0; t < tile_count_; ++t) {
-          if (n < keys_.count) multiply_keys(t, half, n, n - first);
-          if (n - chunk_keys >= 0 && n - chunk_keys < keys_.count) multiply_values(t, !half, n - chunk_keys, n - first);
+    const int run = int(smaller(share_keys, larger(1, run_scores / (score_rows_ * score_stride)) * chunk_keys));
+    const int step = score_rows_ <= 2 ? chunk_keys : step_keys;
+    for (int first = 0; first < keys_.count; first += run) {
+      const int last = int(smaller(first + run, keys_.count));
+      for (int n = first, chunk = 0; n < last; n += chunk_keys, ++chunk) {
+        for (int t = 0; t < tile_count_; ++t) multiply_keys(t, chunk, n);
+      }
+      for (int n = first, chunk = 0; n < last; n += chunk_keys, ++chunk) {
+        for (int t = 0; t < tile_count_; ++t) weigh(t, chunk, n);
+        // More than two rows take several passes over the columns of V: over what L1 holds beside the rest.
+        for (int at = 0; at < chunk_keys && n + at < last; at += step) {
+          for (int t = 0; t < tile_count_; ++t) multiply_values(t, chunk, n + at, at, step);
         }
       }
-      for (int t = 0; t < tile_count_ && first < keys_.count; ++t) weigh(t, half, first);
     }
   }
 
@@ -124,7 +131,9 @@ class Worker {
     return reinterpret_cast<T*>(arena_.data + offset);
   }
   Element* queries(int t) const { return at<Element>(queries_) + t * tile_rows * query_stride_; }
-  float* scores(int t, int half) const { return at<float>(scores_) + (2 * t + half) * tile_rows * score_stride; }
+  float* scores(int t, int chunk) const {
+    return at<float>(scores_) + (chunk * score_rows_ + score_row_[t]) * score_stride;
+  }
   float* outputs(int t) const { return at<float>(outputs_) + t * tile_rows * output_stride_; }
 
   void set_item(int32_t number) {
@@ -135,11 +144,13 @@ class Worker {
     const int count = int(sequence_->len_q());
     const int tiles = int(ceil_div(item_->heads, most_rows / count));
     const int heads = int(ceil_div(item_->heads, tiles));  // of a tile: as even as possible
-    tile_count_ = 0;
+    tile_count_ = score_rows_ = 0;
     for (int first = 0; first < item_->heads; first += heads, ++tile_count_) {
       const int t = tile_count_, taken = int(smaller(heads, item_->heads - first));
       tile_head_[t] = item_->head + first;
       set_tile(p_, *sequence_, item_->batch, sequence_->q_begin, count, &tiles_[t], taken);
+      score_row_[t] = score_rows_;
+      score_rows_ += tiles_[t].rows <= 2 ? tiles_[t].rows : int(round_up(tiles_[t].rows, tiles_[t].rows <= 4 ? 4 : 8));
       for (int i = 0; i < tile_rows; ++i) {
         const bool exists = i < tiles_[t].rows;
         const char* row =
@@ -190,10 +201,16 @@ class Worker {
       }
       ++keys_.run_count;
     }
+    // Scores are computed for 16 keys at a time: the last one again. Beyond, addresses are only asked for: what stands
+    // behind the share in memory is most often the next share.
+    const int padded = int(round_up(keys_.count, 16));
     for (int n = keys_.count; n > 0 && n < keys_.count + ahead; ++n) {
-      keys_.key[n] = keys_.key[n - 1];
-      keys_.value[n] = keys_.value[n - 1];
+      keys_.key[n] = n < padded ? keys_.key[n - 1] : behind(keys_.key[n - 1], p_.key.row * size_of(dtype));
+      keys_.value[n] = n < padded ? keys_.value[n - 1] : behind(keys_.value[n - 1], p_.value.row * size_of(dtype));
     }
+  }
+  static const char* behind(const char* row, int64_t bytes) {
+    return reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(row) + uintptr_t(bytes));
   }
   bool hidden(const KeySegment& keys) const {
     if (!p_.has_mask()) return false;
@@ -216,19 +233,20 @@ class Worker {
     return scaled < -__FLT_MAX__ && bias >= -__FLT_MAX__ ? -__FLT_MAX__ : scaled;
   }
 
-  /// Scores of up to step_keys keys from key `n` of the share on, which is key `at` of its chunk.
-  void multiply_keys(int t, int half, int n, int at) {
-    few::multiply_keys<Product, dtype>(keys_.key + n, int(smaller(keys_.count - n, step_keys)), queries(t),
-                                       query_stride_, tiles_[t].rows, p_.head_dim, scores(t, half) + at);
+  /// Scores of chunk number `chunk` of the run, which begins with key `n` of the share.
+  void multiply_keys(int t, int chunk, int n) {
+    few::multiply_keys<Product, dtype>(keys_.key + n, int(smaller(keys_.count - n, chunk_keys)), queries(t),
+                                       query_stride_, tiles_[t].rows, p_.head_dim, scores(t, chunk));
   }
 
   /// The weights of a chunk that begins with key `first` of the share, from its scores.
-  void weigh(int t, int half, int first) {
+  void weigh(int t, int chunk, int first) {
     const int rows = tiles_[t].rows, count = int(smaller(keys_.count - first, chunk_keys));
     const int padded = int(round_up(count, 16));
     if (transform_.needed) {
       for (int r = 0; r < rows; ++r) {
-        transform_scores(transform_, p_.key_bias ? bias_ + first : nullptr, padded, scores(t, half) + r * score_stride);
+        transform_scores(transform_, p_.key_bias ? bias_ + first : nullptr, padded,
+                         scores(t, chunk) + r * score_stride);
       }
     }
     for (int i = 0; i < keys_.run_count; ++i) {
@@ -237,7 +255,7 @@ class Worker {
       if (begin >= end) continue;
       const Visible visible = mask_.set(p_, tiles_[t], run.keys, run.masked, run.bits);
       for (int r = 0; r < rows && visible != Visible::all; ++r) {
-        float* row = scores(t, half) + r * score_stride - first;
+        float* row = scores(t, chunk) + r * score_stride - first;
         if (visible == Visible::some) {
           mask_scores(mask_, r, run.keys, begin - run.first, end - run.first, row + begin);
         } else {
@@ -246,15 +264,15 @@ class Worker {
       }
     }
     for (int r = 0; r < rows; ++r) {
-      float* row = scores(t, half) + r * score_stride;
+      float* row = scores(t, chunk) + r * score_stride;
       for (int n = count; n < padded; ++n) row[n] = -__builtin_inff();
       rescale_[t][r] = softmax_row<Product>(row, padded, unit_, &maximum_[t][r], &sum_[t][r]);
     }
   }
 
-  void multiply_values(int t, int half, int n, int at) {
-    few::multiply_values<Product, dtype>(keys_.value + n, int(smaller(keys_.count - n, step_keys)),
-                                         scores(t, half) + at / Product::pair, rescale_[t], tiles_[t].rows,
+  void multiply_values(int t, int chunk, int n, int at, int step) {
+    few::multiply_values<Product, dtype>(keys_.value + n, int(smaller(keys_.count - n, step)),
+                                         scores(t, chunk) + at / Product::pair, rescale_[t], tiles_[t].rows,
                                          p_.value_dim, outputs(t), output_stride_);
     for (int r = 0; r < tiles_[t].rows; ++r) rescale_[t][r] = 1;
   }
@@ -324,6 +342,7 @@ class Worker {
   int64_t kv_head_ = 0;
   int tile_count_ = 0;
   int64_t tile_head_[most_tiles];
+  int score_row_[most_tiles], score_rows_ = 1;  // first row of scores of each tile, and of all, with dropped ones
   QueryTile tiles_[most_tiles];
   float maximum_[most_tiles][tile_rows], sum_[most_tiles][tile_rows], rescale_[most_tiles][tile_rows] = {};
   alignas(64) float bias_[share_keys + 16] = {};

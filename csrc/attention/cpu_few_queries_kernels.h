@@ -18,10 +18,10 @@ namespace few {
 constexpr int lanes = Simd::lanes;
 constexpr int most_rows = tile_lanes < 16 ? tile_lanes : 16;  // of a tile
 constexpr int chunk_keys = segment_keys;                      // keys to a softmax
-constexpr int step_keys = 32;                  // keys to a product: those of a chunk's K and V take turns
-constexpr int share_keys = 1024;               // keys to a share, at most
-constexpr int score_stride = chunk_keys + 16;  // floats; rows a power of two apart share cache sets
-constexpr int ahead = 32;                      // keys to ask memory for beforehand, see ask_for()
+constexpr int step_keys = 32;                                 // keys to a sum of values
+constexpr int share_keys = 1024;                              // keys to a share, at most
+constexpr int score_stride = chunk_keys + 16;                 // floats; rows a power of two apart share cache sets
+constexpr int ahead = 32;                                     // keys to ask memory for beforehand, see ask_for()
 
 /// The keys of a share, of any number of blocks: their rows, where they stand.
 struct Keys {
@@ -33,17 +33,14 @@ struct Keys {
   };
   int count = 0, run_count = 0;
   Run runs[share_keys / 16];
-  const char* key[share_keys + ahead];  // beyond `count` the last row is repeated
+  const char* key[share_keys + ahead];  // beyond `count`: see gather()
   const char* value[share_keys + ahead];
 };
 
-/// Asks for the cache line at `offset` of a row 32 keys further on, and again when it is 16 keys away: a processor
-/// drops prefetches while all its miss registers are busy (Zen 5: half of a burst), and memory is meant to be busy
-/// here. Without the second question decoding took 67 cycles a key instead of 59.
-SPARSEKIT_INLINE void ask_for(const char* const* row, int64_t offset) {
-  Simd::prefetch_near(row[ahead] + offset);
-  Simd::prefetch_near(row[ahead / 2] + offset);
-}
+/// Asks for the cache line at `offset` of a row 32 keys further on. Asking again at 16 keys, as a processor drops
+/// prefetches while all its miss registers are busy, paid while keys and values took turns every 32 keys, and no
+/// longer.
+SPARSEKIT_INLINE void ask_for(const char* const* row, int64_t offset) { Simd::prefetch_near(row[ahead] + offset); }
 
 template <class Product>
 SPARSEKIT_INLINE typename Product::Operand operand(Simd::Int a) {

@@ -6,9 +6,11 @@
 // Register tiles are 2 x 2 tiles: four sums, and per step of 32 two left and two right operands.
 //
 // Per 16 scores at D = Dv = 128 the tile unit works 8 cycles (1,024 operations each) and the vector units about 6 (12
-// instructions of softmax on two ports): neither waits if they overlap. At D = 64 the softmax bounds. So outputs stay
-// out of the vector units: sums go on in tiles from what is in memory, and are rescaled only where a maximum has grown
-// by more than 2^8 over the one that weights are relative to (FlashAttention-4's conditional rescaling).
+// instructions of softmax on two ports). Two hardware threads of a core overlap them, but share the unit and its loads:
+// one thread alone hides the loads (7 ns a product, with and without), two do not (17 ns without, 26 with one load per
+// product), and that bounds. So outputs stay out of the vector units: sums go on in tiles from what is in memory, and
+// are rescaled only where a maximum has grown by more than 2^8 over the one that weights are relative to
+// (FlashAttention-4's conditional rescaling).
 #pragma once
 
 #include "attention/cpu_forward_worker.h"
@@ -102,6 +104,8 @@ struct ForwardLoops<AmxProduct> {
   static constexpr int key_rows = 32;
   static constexpr int worth_packing = 2;  // a quarter of using a block for one tile of 64 queries
 
+  static constexpr int score_floats = segment_keys * tile_lanes * 3 / 2;  // scores, and behind them pairs of weights
+
   static int64_t register_tiles(int registers, int64_t keys, int64_t steps, int64_t value_dim) {
     const int64_t columns = (registers + 1) / 2;
     return columns * (ceil_div(keys, 32) * (steps / 16) + ceil_div(value_dim, 32) * ceil_div(keys, 32));
@@ -167,25 +171,14 @@ struct ForwardLoops<AmxProduct> {
 
   template <int registers>
   static void multiply_keys(const LoadedSegment& segment, const Element* queries, int steps, float* scores,
-                            Simd::Float* most, Prefetch* prefetch) {
+                            Simd::Float*, Prefetch* prefetch) {
     constexpr int width = registers * 16;
-    Simd::Float highest[registers];
-    for (int j = 0; j < registers; ++j) highest[j] = most[j];
-    // The maxima of scores are taken one row of tiles late, while the tile unit works on the next.
-    auto take_maxima = [&](int first, int last) {
-      for (int n = first; n < last; ++n)
-#pragma GCC unroll 4
-        for (int j = 0; j < registers; ++j) highest[j] = Simd::max(highest[j], Simd::load(scores + n * width + j * 16));
-    };
     const int whole = segment.keys.count / 32 * 32;
     for (int n = 0; n < whole; n += 32) {
       multiply_key_rows<2, registers>(segment.key + n * segment.key_stride, segment.key_stride, queries, steps,
                                       scores + n * width, prefetch);
-      if (n > 0) take_maxima(n - 32, n);
     }
-    if (whole > 0) take_maxima(whole - 32, whole);
     if (whole < segment.keys.count) multiply_last_keys<registers>(segment, whole, queries, steps, scores);
-    for (int j = 0; j < registers; ++j) most[j] = highest[j];
   }
 
   /// The keys from `n` on, up to 31 of them: rows past the segment's end repeat its last key. Their scores are masked
@@ -227,44 +220,65 @@ struct ForwardLoops<AmxProduct> {
     }
   }
 
-  /// Scores to weights in place, p = 2^(unit * s - base), where `base` is a maximum of the column that may be behind by
-  /// up to 8: weights reach 2^8, and outputs need no rescaling until then. Returns whether any column's base moved;
-  /// `rescale` receives what old sums and outputs are to be multiplied with.
+  /// Scores to pairs of weights, p = 2^(unit * s - base), where the base of a column is a maximum that may be behind by
+  /// up to 8: weights reach 2^8, and outputs need no rescaling until then. Scores are read once, their maximum is taken
+  /// on the way, and a column in which it turns out to be too far above the base is done again: that is rare behind the
+  /// first keys, for which it is taken beforehand (a pass of its own costs 0.4 of the softmax). Returns whether any
+  /// column's base moved; `rescale` receives what old sums and outputs are to be multiplied with.
   template <int registers>
-  static bool softmax(float* scores, int keys, float unit, const Simd::Float* most, float* maximum, float* sum,
+  static bool softmax(const float* scores, int keys, float unit, Element* weights, float* bases, float* sum,
                       Simd::Float* rescale) {
-    constexpr int width = registers * 16;
     const Simd::Float units = Simd::set(unit), nothing = Simd::set(-__builtin_inff());
-    Simd::Mask moved = 0;
+    bool moved = false;
 #pragma GCC unroll 1
     for (int j = 0; j < registers; ++j) {
-      const Simd::Float old = Simd::load(maximum + j * 16), peak = Simd::mul(most[j], units);
-      const Simd::Mask grew = Simd::less(Simd::add(old, Simd::set(8)), peak);
-      moved |= grew;
-      const Simd::Float now = Simd::select(grew, peak, old);
-      // A column that has seen no key keeps -inf; subtracting 0 instead makes its weights 2^-inf = 0 and not NaN.
-      const Simd::Float base = Simd::select(Simd::equal(now, nothing), Simd::zero(), now);
-      rescale[j] = exp2<5>(Simd::sub(old, base));
-      Simd::Float even = Simd::zero(), odd = Simd::zero();
-      float* column = scores + j * 16;
-      for (int n = 0; n < keys; n += 2) {
-        const Simd::Float a = exp2<AmxProduct::exp2_degree>(Simd::fms(Simd::load(column + n * width), units, base));
-        const Simd::Float b =
-            exp2<AmxProduct::exp2_degree>(Simd::fms(Simd::load(column + (n + 1) * width), units, base));
-        even = Simd::add(even, a);
-        odd = Simd::add(odd, b);
-        AmxProduct::store(reinterpret_cast<Element*>(column + n / 2 * width), AmxProduct::join(a, b));
+      constexpr int width = registers * 16;
+      const float* column = scores + j * 16;
+      const Simd::Float old = Simd::load(bases + j * 16);
+      Simd::Float base = old, origin, total;
+      if (Simd::equal(old, nothing)) {
+        Simd::Float even = nothing, odd = nothing;
+        for (int n = 0; n < keys; n += 2) {
+          even = Simd::max(even, Simd::load(column + n * width));
+          odd = Simd::max(odd, Simd::load(column + (n + 1) * width));
+        }
+        base = Simd::select(Simd::equal(old, nothing), Simd::mul(Simd::max(even, odd), units), old);
       }
-      Simd::store(maximum + j * 16, now);
-      Simd::store(sum + j * 16, Simd::fma(Simd::load(sum + j * 16), rescale[j], Simd::add(even, odd)));
+      for (;;) {
+        // A column that has seen no key keeps -inf; subtracting 0 instead makes its weights 2^-inf = 0 and not NaN.
+        origin = Simd::select(Simd::equal(base, nothing), Simd::zero(), base);
+        Simd::Float even = Simd::zero(), odd = Simd::zero(), even_peak = nothing, odd_peak = nothing;
+        for (int n = 0; n < keys; n += 2) {
+          Simd::Float a = Simd::load(column + n * width), b = Simd::load(column + (n + 1) * width);
+          even_peak = Simd::max(even_peak, a);
+          odd_peak = Simd::max(odd_peak, b);
+          a = exp2<AmxProduct::exp2_degree>(Simd::fms(a, units, origin));
+          b = exp2<AmxProduct::exp2_degree>(Simd::fms(b, units, origin));
+          even = Simd::add(even, a);
+          odd = Simd::add(odd, b);
+          AmxProduct::store(weights + n / 2 * width + j * 16, AmxProduct::join(a, b));
+        }
+        total = Simd::add(even, odd);
+        const Simd::Float peak = Simd::mul(Simd::max(even_peak, odd_peak), units);
+        const Simd::Mask grew = Simd::less(Simd::add(base, Simd::set(8)), peak);
+        if (!grew) break;
+        base = Simd::select(grew, peak, base);
+      }
+      rescale[j] = Simd::set(1);
+      if (Simd::less(old, base)) {
+        moved = true;
+        rescale[j] = exp2<5>(Simd::sub(old, origin));
+        Simd::store(bases + j * 16, base);
+      }
+      Simd::store(sum + j * 16, Simd::fma(Simd::load(sum + j * 16), rescale[j], total));
     }
-    return moved != 0;
+    return moved;
   }
 
   /// outputs[d][lane] += sum over keys of values[d][key] * weights[key][lane] for 32 columns d of V, or 16.
   template <int rows, int registers>
   SPARSEKIT_INLINE void multiply_value_rows(const LoadedSegment* const* segments, int count, int tile_row,
-                                            const float* weights, bool fresh, float* outputs, Prefetch* prefetch) {
+                                            const Element* weights, bool fresh, float* outputs, Prefetch* prefetch) {
     constexpr int width = registers * 16;
     auto columns_from = [&](int column, auto columns) {
       TileOperand b = {reinterpret_cast<const char*>(weights + column), width * 4, 64, 16 * width * 4};
@@ -288,11 +302,12 @@ struct ForwardLoops<AmxProduct> {
 
   template <int registers>
   static void add_values(const LoadedSegment* const* segments, int count, float* scores, int keys, float unit,
-                         const Simd::Float* most, float* maximum, float* sum, int value_dim, bool fresh, float* outputs,
+                         const Simd::Float*, float* maximum, float* sum, int value_dim, bool fresh, float* outputs,
                          Prefetch* prefetch) {
     constexpr int width = registers * 16;
     Simd::Float rescale[registers];
-    const bool moved = softmax<registers>(scores, keys, unit, most, maximum, sum, rescale);
+    Element* weights = reinterpret_cast<Element*>(scores + segment_keys * tile_lanes);
+    const bool moved = softmax<registers>(scores, keys, unit, weights, maximum, sum, rescale);
     if (moved && !fresh) {
       for (int d = 0; d < value_dim; ++d)
 #pragma GCC unroll 4
@@ -303,9 +318,9 @@ struct ForwardLoops<AmxProduct> {
     }
     int d = 0;
     for (; d + 32 <= value_dim; d += 32)
-      multiply_value_rows<2, registers>(segments, count, d / 16, scores, fresh, outputs + d * width, prefetch);
+      multiply_value_rows<2, registers>(segments, count, d / 16, weights, fresh, outputs + d * width, prefetch);
     if (d < value_dim)
-      multiply_value_rows<1, registers>(segments, count, d / 16, scores, fresh, outputs + d * width, prefetch);
+      multiply_value_rows<1, registers>(segments, count, d / 16, weights, fresh, outputs + d * width, prefetch);
   }
 
  private:

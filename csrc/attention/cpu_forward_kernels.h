@@ -278,6 +278,8 @@ struct ForwardLoops {
   static constexpr int key_rows = 16;      // segments are padded to a multiple of as many keys
   static constexpr int worth_packing = 4;  // list entries per key block from which on packing them all beforehand pays
 
+  static constexpr int score_floats = segment_keys * tile_lanes;
+
   /// Calls of Prefetch::step for one tile of queries, `keys` keys, `steps` elements of a query.
   static int64_t register_tiles(int registers, int64_t keys, int64_t, int64_t value_dim) {
     return keys / tile_keys(registers) + ceil_div(keys, segment_keys) * (value_dim / tile_rows(registers));

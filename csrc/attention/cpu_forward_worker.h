@@ -138,7 +138,7 @@ class ForwardWorker {
 
     queries_ = reserve<Element>(item_queries_padded() * steps_);
     outputs_ = reserve<float>(item_queries_padded() * value_dim_);
-    scores_ = reserve<float>(segment_keys * tile_lanes);
+    scores_ = reserve<float>(Loops::score_floats);
     values_ = reserve<Element>(call.packed_values ? 0 : group_keys_ / Product::pair * value_dim_);
     keys_ = reserve<Element>(keys_in_place_ || call.packed_keys ? 0 : group_keys_ * steps_ + Simd::lanes);
     bias_ = reserve<float>(p_.key_bias ? group_keys_ : 0);

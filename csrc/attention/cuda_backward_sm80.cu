@@ -103,9 +103,8 @@ int64_t ordered_blocks(const AttentionProblem& problem, const CudaContext& conte
 template <class Element>
 void prepare(const BackwardPlan& plan, cudaStream_t stream) {
   constexpr int rows = kPrepareThreads / kLanesPerRow;
-  prepare_rows<Element>
-      <<<dim3(unsigned(plan.padded_rows / rows), unsigned(plan.a.heads_q), unsigned(plan.a.batch)), kPrepareThreads, 0,
-         stream>>>(plan);
+  prepare_rows<Element><<<dim3(unsigned(plan.padded_rows / rows), unsigned(plan.a.heads_q), unsigned(plan.a.batch)),
+                          kPrepareThreads, 0, stream>>>(plan);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include "attention/cuda_implementations.h"
 #include "attention/cuda_schedule.h"
+#include "attention/cuda_sequences.h"
 #include "attention/cuda_tiles.cuh"
 #include "common/cuda/launch.h"
 #include "common/cuda/math.cuh"
@@ -37,9 +38,7 @@ const ForwardKernel* kernel_for(const AttentionProblem& p) {
 
 const char* refuses(const AttentionProblem& p, Direction direction, const CudaContext& context) {
   if (context.compute_capability != 90) return "needs a GPU of compute capability 9.0 (Hopper)";
-  if (direction == Direction::backward) return "backward is not in this implementation";
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "dtype: supported are float16, bfloat16";
-  if (p.packed()) return "packed batches (cu_seqlens) are not in this implementation";
   if ((p.lists.block_q != 64 && p.lists.block_q != 128) || (p.lists.block_k != 64 && p.lists.block_k != 128)) {
     return "block_size: supported are 64 and 128 in any pairing";
   }
@@ -55,12 +54,19 @@ const char* refuses(const AttentionProblem& p, Direction direction, const CudaCo
   if (p.len_q > cuda::kMaxLength || p.len_k > cuda::kMaxLength) {
     return "query, key: supported are up to 2^31 - 4097 rows";
   }
+  if (p.sequences > cuda::kMaxLength) return "cu_seqlens: supported are up to 2^31 - 4097 sequences";
   if (list_rows(p) > INT32_MAX / 2) return "query: supported are up to 2^30 query blocks over batch and heads";
+  // Last: what forward and backward are refused for has the same reason in both.
+  if (direction == Direction::backward) return "backward is not in this implementation";
   return nullptr;
 }
 
+/// The counter, of packed batches the extents of the list rows, and the order; or in its place, before it is made, what
+/// the extents need as scratch.
+size_t extents_bytes(const AttentionProblem& p) { return p.packed() ? size_t(p.lists.q_blocks) * sizeof(int4) : 0; }
 size_t workspace(const AttentionProblem& p, Direction, const CudaContext&) {
-  return kCounterBytes + size_t(list_rows(p)) * sizeof(int32_t);
+  const int64_t numbers = p.packed() ? std::max(list_rows(p), p.sequences + 1) : list_rows(p);
+  return kCounterBytes + extents_bytes(p) + size_t(numbers) * sizeof(int32_t);
 }
 
 Status make_maps(ForwardArguments* a, const ForwardKernel& kernel) {
@@ -102,9 +108,15 @@ Status forward(const AttentionForward& p, const CudaContext& context) {
   if (!status.ok()) return status;
 
   const int ctas = std::min(a.items, kernel.ctas * context.multiprocessors);
+  char* const extents = static_cast<char*>(context.workspace) + kCounterBytes;
+  int32_t* const order = reinterpret_cast<int32_t*>(extents + extents_bytes(p));
+  if (p.packed()) {
+    a.extents = reinterpret_cast<const int4*>(extents);
+    status = cuda::list_row_extents(p, reinterpret_cast<int4*>(extents), order, context.stream);
+    if (!status.ok()) return status;
+  }
   if (a.items > ctas) {
     a.counter = static_cast<int32_t*>(context.workspace);
-    int32_t* order = a.counter + kCounterBytes / sizeof(int32_t);
     a.order = order;
     status = cuda::schedule_longest_first(p, order, context.stream, a.counter);
     if (!status.ok()) return status;

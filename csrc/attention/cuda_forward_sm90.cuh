@@ -2,18 +2,20 @@
 //
 //   S = q k^T,  P = exp2(S scale log2e - m),  l += rowsum P,  O = O exp2(m_old - m) + P v,  out = O / l
 //
-// Tiling: one persistent CTA per multiprocessor, three warpgroups. Warpgroup 0 loads (one warp, 72 registers a thread),
-// 1 and 2 own 64 rows of a query block of 128 each (216 registers: S 64, O up to 128, P 32) and share its key blocks,
-// 128 keys a step: one block of 128, or any two of 64. Query blocks of 64: one consumer warpgroup, two CTAs. Rows of
-// the lists come from a counter over a list that is sorted on the device, the longest first.
+// Tiling: one persistent CTA per multiprocessor, three warpgroups. The first two own 64 rows of a query block of 128
+// each (208 registers a thread: S 64, O up to 128, P 32) and share its key blocks, 128 keys a step: one block of 128,
+// or any two of 64. One warp of the third loads (88 registers). Query blocks of 64: one consumer warpgroup, two CTAs.
+// Rows of the lists come from a counter over a list that is sorted on the device, the longest first.
 //
-// Order: q k^T of a step is issued before P v of the step before, across list rows too; the two warpgroups take turns
-// in issuing. Keys with any mask take a branch; steps of full blocks contain no mask arithmetic.
+// Order: q k^T of a step is issued before P v of the step before, across list rows too. Exponentials are taken with the
+// maximum of earlier steps and only checked (cuda_forward_sm90_softmax.cuh). Keys with any mask take a branch; steps of
+// full blocks contain no mask arithmetic.
 //
-// Bound: tensor cores and the card's power limit (head dimension 128), the softmax chain (64), L2 bandwidth (query
-// blocks of 64: 64 FLOP per byte and 7.5 TB/s make 480 TFLOP/s).
+// Bound: tensor cores and the card's power limit (head dimension 128), the chain from S to P (64), L2 bandwidth (query
+// blocks of 64). Figures: docs/attention-performance-cuda.md.
 //
-// Sources: FlashAttention-3 (Shah et al. 2024) sections 3.1 and 3.2; the lazy rescaling of O is FlashAttention-4's.
+// Sources: FlashAttention-3 (Shah et al. 2024) sections 3.1 and 3.2; that O is rescaled rarely is FlashAttention-4's
+// idea.
 #pragma once
 
 #include "attention/cuda_forward_sm90_consumer.cuh"
@@ -39,6 +41,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
     init(Tile::kQueryFull, Tile::kQueryEmpty, Tile::kQueryStages);
     init(Tile::kKeyFull, Tile::kKeyEmpty, Tile::kKeyStages);
     init(Tile::kValueFull, Tile::kValueEmpty, Tile::kValueStages);
+    mbarrier_init(shared + Tile::kCutValues, 1);
     mbarrier_fence_init();
     prefetch_tensor_map(&arguments.query);
     prefetch_tensor_map(&arguments.key);
@@ -46,12 +49,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
   }
   __syncthreads();
   // One if/else with a role per branch: setmaxnreg takes effect in no other form.
-  if (warpgroup == 0) {
-    fewer_registers<Tile::kProducerRegisters>();
-    if (threadIdx.x < kWarpSize) Producer<Tile>(arguments, shared).run();
+  if (warpgroup == Tile::kGroups) {
+    if constexpr (Tile::kSharesRegisters) fewer_registers<Tile::kProducerRegisters>();
+    if (threadIdx.x < Tile::kGroups * kGroupThreads + kWarpSize) Producer<Tile>(arguments, shared).run();
   } else {
-    more_registers<Tile::kConsumerRegisters>();
-    Consumer<Tile>(arguments, shared, warpgroup - 1).run();
+    if constexpr (Tile::kSharesRegisters) more_registers<Tile::kConsumerRegisters>();
+    Consumer<Tile>(arguments, shared, warpgroup).run();
   }
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cuda.h>
+#include <vector_types.h>
 
 #include "sparsekit/attention.h"
 
@@ -13,6 +14,7 @@ struct ForwardArguments {
   CUtensorMap query, key, value;  // boxes: 64 columns x the query block's rows, x keys_per_box
   AttentionForward call;
   const int32_t* order = nullptr;  // list rows (batch, query head, query block), longest first; null: their own order
+  const int4* extents = nullptr;   // packed batches: rows and keys of each list row, cuda_sequences.h
   int32_t* counter = nullptr;      // how many of them were taken beyond one per CTA; 0 at launch
   int32_t items = 0;               // list rows
   int32_t keys_per_box = 0;

@@ -1,8 +1,8 @@
 // The producer warp of the Hopper forward: takes list rows, walks their key blocks and keeps TMA loading.
 //
 // Everything it reads from lists is fetched ahead: 32 entries of a row while the 32 before are at work, and the next
-// row's number, counts and first entries during the current row, one dependent load per step (worth 2 % at 10 % density
-// and 4 % at 5 % on an H100). All 32 lanes walk together; each holds one slot.
+// row's number, counts and first entries during the current row, one dependent load per step. All 32 lanes walk
+// together; each holds one slot.
 #pragma once
 
 #include "attention/cuda_forward_sm90_tile.cuh"
@@ -27,7 +27,7 @@ struct Item {
 struct Unit {
   int start;  // first key
   int bits;   // packed bits, -1: none
-  int mask;   // kCut, kRange, kBits
+  int mask;   // kCut, kRange, kBits, kUpper
 };
 
 /// This lane's slot of 32, as the lists have it: nobody has checked it.
@@ -38,7 +38,8 @@ struct Slot {
 /// Counts and first 32 slots of a list row, as the lists have them: the loads may still be on their way.
 struct RowHead {
   int partial_count = 0, full_count = 0;
-  Slot slot;  // of the partial list if its count is above 0, else of the full one
+  int4 extent = {0, 0, 0, 0};  // packed batches
+  Slot slot;                   // of the partial list if its count is above 0, else of the full one
 };
 
 __device__ __forceinline__ int row_of(const AttentionProblem& p, const Item& item) {
@@ -64,24 +65,33 @@ __device__ __forceinline__ void load_first_slots(RowHead* head, const BlockLists
   }
 }
 
+/// What a list row is about. `extent` is read in packed batches.
+__device__ __forceinline__ ListRow list_row_of(const ForwardArguments& a, const Item& item, const int4& extent) {
+  const AttentionProblem& p = a.call;
+  if (a.extents) return {0, item.head, extent.x, extent.y, extent.z, extent.w};
+  return {item.batch, item.head, item.block * p.lists.block_q, int(p.len_q), 0, int(p.len_k)};
+}
+
 /// The units of one list row: the partial list, then the full one. Entries that do not exist and units that no row of
 /// the query block sees are passed over. Both lists count as one sequence of slots; the full one begins at a multiple
 /// of 32.
 class UnitWalk {
  public:
-  __device__ __forceinline__ UnitWalk(const ForwardArguments& a, const RowHead& head, const Item& item, int lane)
+  __device__ __forceinline__ UnitWalk(const ForwardArguments& a, const RowHead& head, int row, const ListRow& list,
+                                      int lane)
       : a_(a),
         p_(a.call),
+        list_(list),
         lane_(lane),
-        row_(row_of(p_, item)),
+        row_(row),
+        k_blocks_((list.keys_end - list.keys_begin + p_.lists.block_k - 1) >> (p_.lists.block_k == 128 ? 7 : 6)),
         partial_count_(min(max(head.partial_count, 0), p_.lists.partial.capacity)),
         full_count_(min(max(head.full_count, 0), p_.lists.full.capacity)),
         within_(p_.lists.block_k) {
     ahead_ = head.slot;
     if (a.ranged && !positions()) {  // the range moves with the row: first and last row bound it
-      const int first_row = item.block * p_.lists.block_q;
-      const KeyRange first = key_range(p_, 0, first_row);
-      const KeyRange last = key_range(p_, 0, min(first_row + p_.lists.block_q, int(p_.len_q)) - 1);
+      const KeyRange first = range_of(p_, list, list.first);
+      const KeyRange last = range_of(p_, list, min(list.first + p_.lists.block_q, list.end) - 1);
       any_ = {first.low, last.high}, all_ = {last.low, first.high};
     }
   }
@@ -95,13 +105,13 @@ class UnitWalk {
         within_ = 0;
       }
       const int lane = __ffs(existing_) - 1;
-      const int start = __shfl_sync(kAllLanes, slot_.entry, lane) * p_.lists.block_k + within_;
-      const int end = start + a_.keys_per_box, len_k = int(p_.len_k);
-      if (start >= len_k) continue;
-      *unit = {start, -1, end > len_k ? kCut : 0};
+      const int start = list_.keys_begin + __shfl_sync(kAllLanes, slot_.entry, lane) * p_.lists.block_k + within_;
+      const int end = start + a_.keys_per_box;
+      if (start >= list_.keys_end) continue;
+      *unit = {start, -1, end > list_.keys_end ? kCut : 0};
       if (first_ >= partial_end()) return true;
       unit->bits = __shfl_sync(kAllLanes, slot_.bits, lane);
-      if (unit->bits >= 0) unit->mask |= kBits;
+      if (unit->bits >= 0) unit->mask |= within_ ? kBits | kUpper : kBits;
       if (!a_.ranged) return true;
       if (!positions() && (start > any_.high || end <= any_.low)) continue;
       if (positions() || end - 1 > all_.high || start < all_.low) unit->mask |= kRange;
@@ -120,8 +130,7 @@ class UnitWalk {
       first_ += kWarpSize;
       if (first_ >= partial_end() + full_count_) return false;
       slot_ = ahead_;
-      const int k_blocks = int((p_.len_k + p_.lists.block_k - 1) / p_.lists.block_k);
-      existing_ = __ballot_sync(kAllLanes, slot_.entry >= 0 && slot_.entry < k_blocks && slot_.bits >= -1 &&
+      existing_ = __ballot_sync(kAllLanes, slot_.entry >= 0 && slot_.entry < k_blocks_ && slot_.bits >= -1 &&
                                                slot_.bits < max(p_.lists.bits_count, int64_t(0)));
       fetch(first_ + kWarpSize);
     }
@@ -137,7 +146,8 @@ class UnitWalk {
 
   const ForwardArguments& a_;
   const AttentionProblem& p_;
-  const int lane_, row_, partial_count_, full_count_;
+  const ListRow& list_;
+  const int lane_, row_, k_blocks_, partial_count_, full_count_;
   KeyRange any_, all_;  // keys that some row sees, that every row sees
   int within_, first_ = -kWarpSize;
   Slot slot_, ahead_;  // of the current 32, of the 32 after them
@@ -164,8 +174,16 @@ class Producer {
     auto fetch = [&] {  // a piece of the next list row; each needs the one before
       if (fetched == 0) next_item = item_of(__shfl_sync(kAllLanes, ahead, 0));
       if (next_item >= 0) {
-        if (fetched == 1) ahead = take(), load_counts(&head, p_.lists, row_of(p_, Item(p_, next_item)));
-        if (fetched == 2) load_first_slots(&head, p_.lists, row_of(p_, Item(p_, next_item)), lane_);
+        if (fetched == 1) {
+          const Item next(p_, next_item);
+          ahead = take(), load_counts(&head, p_.lists, row_of(p_, next));
+          if (a_.extents) head.extent = a_.extents[next.block];
+        }
+        if (fetched == 2) {
+          const Item next(p_, next_item);
+          load_first_slots(&head, p_.lists, row_of(p_, next), lane_);
+          prefetch_query(list_row_of(a_, next, head.extent));
+        }
       }
       ++fetched;
     };
@@ -201,14 +219,14 @@ class Producer {
   template <class Fetch>
   __device__ __forceinline__ void run_row(const Item& item, const RowHead& head,
                                           Fetch& fetch) {  // `head` is read first
-    const int first_row = item.block * Tile::kRows;
-    if (first_row >= p_.len_q) return;
+    const ListRow list = list_row_of(a_, item, head.extent);
+    if (list.first >= list.end) return;
     const int kv_head = item.head / (int(p_.heads_q) / int(p_.heads_kv));
-    UnitWalk walk(a_, head, item, lane_);
+    UnitWalk walk(a_, head, row_of(p_, item), list, lane_);
     Unit unit;
-    if (!walk.next(&unit)) return write_empty(item, first_row);
+    if (!walk.next(&unit)) return write_empty(list);
     Starts before{0, 0};
-    bool more = true;
+    bool more = true, cut_before = false;
     for (int step = 0; more; ++step) {
       Unit second{unit.start + kHalf, unit.bits, unit.mask};
       int second_bits = -1;
@@ -220,36 +238,46 @@ class Producer {
       const int first_bits = unit.bits;
       int flags = unit.mask << mask_shift(0);
       if (Tile::kHalves == 2) flags |= second.mask << mask_shift(1);
+      const bool cut = (unit.mask | second.mask) & kCut;
       const Starts starts{unit.start, second.start};
       more = walk.next(&unit);
       if (!more) flags |= kLastStep;
 
-      load_keys(item, kv_head, starts, flags, first_bits, second_bits);
-      if (step == 0) load_query(item, first_row);
-      if (step > 0) load_values(item, kv_head, before);
-      before = starts;
+      load_keys(list, kv_head, starts, flags, first_bits, second_bits);
+      if (step == 0) load_query(list);
+      if (step > 0) load_values(list, kv_head, before, cut_before);
+      before = starts, cut_before = cut;
       if (step < 3) fetch();
     }
-    load_values(item, kv_head, before);
+    load_values(list, kv_head, before, cut_before);
   }
 
-  __device__ __forceinline__ void load_query(const Item& item, int first_row) {
+  /// Queries come from device memory, and their buffer is free only one step before they are needed.
+  __device__ __forceinline__ void prefetch_query(const ListRow& list) {
+    if (!elect_lane()) return;
+#pragma unroll
+    for (int panel = 0; panel < Tile::kHeadPanels; ++panel) {
+      tma_prefetch(&a_.query, 64 * panel, list.first, list.head, list.batch);
+    }
+  }
+
+  __device__ __forceinline__ void load_query(const ListRow& list) {
     const uint32_t full = shared_ + Tile::kQueryFull + 8 * query_.stage;
     mbarrier_wait(shared_ + Tile::kQueryEmpty + 8 * query_.stage, query_.parity ^ 1);
     if (elect_lane()) {
-      store_shared(shared_ + Tile::kRowAt + 16 * query_.stage, int4{item.batch, item.head, first_row, 0});
+      store_list_row<Tile>(shared_, row_, list);
       mbarrier_expect(full, Tile::kQueryBytes);
       const uint32_t to = shared_ + Tile::kQueryAt + query_.stage * Tile::kQueryBytes;
 #pragma unroll
       for (int panel = 0; panel < Tile::kHeadPanels; ++panel) {
-        tma_load(to + panel * Tile::kQueryPanel, &a_.query, 64 * panel, first_row, item.head, item.batch, full);
+        tma_load(to + panel * Tile::kQueryPanel, &a_.query, 64 * panel, list.first, list.head, list.batch, full);
       }
       mbarrier_arrive(full);
     }
-    query_.advance();
+    query_.advance(), ++row_;
   }
 
-  __device__ __forceinline__ void load_keys(const Item& item, int kv_head, const Starts& starts, int flags,
+  __device__ __forceinline__ void load_keys(const ListRow& list, int kv_head, const Starts& starts, int flags,
                                             int first_bits, int second_bits) {
     const uint32_t full = shared_ + Tile::kKeyFull + 8 * key_.stage;
     mbarrier_wait(shared_ + Tile::kKeyEmpty + 8 * key_.stage, key_.parity ^ 1);
@@ -257,7 +285,7 @@ class Producer {
       const int bits_bytes = p_.lists.block_q * (p_.lists.block_k / 8);
       store_shared(shared_ + Tile::kStepAt + 16 * key_.stage, int4{flags, starts.first, starts.second, 0});
       mbarrier_expect(full, Tile::kKeyBytes + ((first_bits >= 0) + (second_bits >= 0)) * bits_bytes);
-      load_panels<Tile::kHeadPanels>(shared_ + Tile::kKeyAt + key_.stage * Tile::kKeyBytes, &a_.key, item.batch,
+      load_panels<Tile::kHeadPanels>(shared_ + Tile::kKeyAt + key_.stage * Tile::kKeyBytes, &a_.key, list.batch,
                                      kv_head, starts, full);
       const uint32_t masks = shared_ + Tile::kMaskAt + key_.stage * Tile::kMaskBytes;
       auto load_bits = [&](int bits, uint32_t to) {
@@ -267,13 +295,13 @@ class Producer {
       if (second_bits >= 0) load_bits(second_bits, masks + bits_bytes);
     }
     if (p_.key_bias) {
-      const float* bias = p_.key_bias + item.batch * p_.key_bias_batch + item.head * p_.key_bias_head;
-      copy_keys(shared_ + Tile::kBiasAt + key_.stage * Tile::kKeys * 4, starts,
+      const float* bias = p_.key_bias + list.batch * p_.key_bias_batch + list.head * p_.key_bias_head;
+      copy_keys(shared_ + Tile::kBiasAt + key_.stage * Tile::kKeys * 4, starts, list.keys_end,
                 [&](int key) { return __float_as_int(bias[key] * kLog2e); });
     }
     if (p_.key_positions && a_.ranged) {
-      const int32_t* positions = p_.key_positions + item.batch * p_.key_positions_batch;
-      copy_keys(shared_ + Tile::kPositionAt + key_.stage * Tile::kKeys * 4, starts,
+      const int32_t* positions = p_.key_positions + list.batch * p_.key_positions_batch;
+      copy_keys(shared_ + Tile::kPositionAt + key_.stage * Tile::kKeys * 4, starts, list.keys_end,
                 [&](int key) { return positions[key]; });
     }
     __syncwarp();
@@ -281,14 +309,30 @@ class Producer {
     key_.advance();
   }
 
-  __device__ __forceinline__ void load_values(const Item& item, int kv_head, const Starts& starts) {
+  /// `cut`: some of the keys lie past the end of the sequence. What is there in a packed batch is another sequence's,
+  /// and no weight of 0 makes up for a NaN: these values become 0 before the consumers hear of them.
+  __device__ __forceinline__ void load_values(const ListRow& list, int kv_head, const Starts& starts, bool cut) {
     const uint32_t full = shared_ + Tile::kValueFull + 8 * value_.stage;
+    const uint32_t to = shared_ + Tile::kValueAt + value_.stage * Tile::kValueBytes;
+    const bool clear = cut && a_.extents;
+    const uint32_t landed = clear ? shared_ + Tile::kCutValues : full;
     mbarrier_wait(shared_ + Tile::kValueEmpty + 8 * value_.stage, value_.parity ^ 1);
     if (elect_lane()) {
-      mbarrier_expect(full, Tile::kValueBytes);
-      load_panels<Tile::kValuePanels>(shared_ + Tile::kValueAt + value_.stage * Tile::kValueBytes, &a_.value,
-                                      item.batch, kv_head, starts, full);
-      mbarrier_arrive(full);
+      mbarrier_expect(landed, Tile::kValueBytes);
+      load_panels<Tile::kValuePanels>(to, &a_.value, list.batch, kv_head, starts, landed);
+      mbarrier_arrive(landed);
+    }
+    if (clear) {
+      mbarrier_wait(landed, cut_parity_);
+      cut_parity_ ^= 1;
+#pragma unroll 1
+      for (int i = lane_; i < Tile::kValuePanels * Tile::kKeys * 8; i += kWarpSize) {
+        const int row = i / 8 % Tile::kKeys, key = (row < kHalf ? starts.first : starts.second) + row % kHalf;
+        if (key >= list.keys_end) store_shared(to + 16 * i, int4{0, 0, 0, 0});
+      }
+      fence_async_proxy();
+      __syncwarp();
+      if (elect_lane()) mbarrier_arrive(full);
     }
     value_.advance();
   }
@@ -301,35 +345,37 @@ class Producer {
     for (int panel = 0; panel < PANELS; ++panel) {
       tma_load(to + panel * Tile::kKeyPanel, map, 64 * panel, starts.first, kv_head, batch, full);
     }
-    if (Tile::kHalves == 1 || a_.keys_per_box > kHalf) return;
+    if constexpr (Tile::kHalves == 2) {
+      if (a_.keys_per_box > kHalf) return;
 #pragma unroll
-    for (int panel = 0; panel < PANELS; ++panel) {
-      tma_load(to + panel * Tile::kKeyPanel + kHalf * kPanelRowBytes, map, 64 * panel, starts.second, kv_head, batch,
-               full);
+      for (int panel = 0; panel < PANELS; ++panel) {
+        tma_load(to + panel * Tile::kKeyPanel + kHalf * kPanelRowBytes, map, 64 * panel, starts.second, kv_head, batch,
+                 full);
+      }
     }
   }
 
   /// A word per key of the step; 0 past the end.
   template <class Word>
-  __device__ __forceinline__ void copy_keys(uint32_t to, const Starts& starts, Word word) {
+  __device__ __forceinline__ void copy_keys(uint32_t to, const Starts& starts, int end, Word word) {
 #pragma unroll 1
     for (int i = 0; i < Tile::kKeys / kWarpSize; ++i) {
       const int in_half = i * kWarpSize % kHalf + lane_;
       const int key = (i * kWarpSize < kHalf ? starts.first : starts.second) + in_half;
-      store_shared(to + 4 * (i * kWarpSize + lane_), key < p_.len_k ? word(key) : 0);
+      store_shared(to + 4 * (i * kWarpSize + lane_), key < end ? word(key) : 0);
     }
   }
 
   /// A query block without keys: out 0, lse -inf.
-  __device__ __forceinline__ void write_empty(const Item& item, int first_row) {
-    const int rows = min(Tile::kRows, int(p_.len_q) - first_row), chunks = p_.value_dim / 8;
-    uint16_t* out = static_cast<uint16_t*>(p_.out.data) + item.batch * p_.out.batch + item.head * p_.out.head;
+  __device__ __forceinline__ void write_empty(const ListRow& list) {
+    const int first_row = list.first, rows = min(Tile::kRows, list.end - first_row), chunks = p_.value_dim / 8;
+    uint16_t* out = static_cast<uint16_t*>(p_.out.data) + list.batch * p_.out.batch + list.head * p_.out.head;
 #pragma unroll 1
     for (int i = lane_; i < rows * chunks; i += kWarpSize) {
       const int row = i / chunks;
       *reinterpret_cast<uint4*>(out + (first_row + row) * p_.out.row + (i - row * chunks) * 8) = uint4{0, 0, 0, 0};
     }
-    float* lse = p_.lse + (int64_t(item.batch) * p_.heads_q + item.head) * p_.len_q + first_row;
+    float* lse = p_.lse + (int64_t(list.batch) * p_.heads_q + list.head) * p_.len_q + first_row;
 #pragma unroll 1
     for (int row = lane_; row < rows; row += kWarpSize) lse[row] = -kInfinity;
   }
@@ -338,6 +384,8 @@ class Producer {
   const AttentionForward& p_;
   const uint32_t shared_;
   const int lane_;
+  int row_ = 0;  // list rows with keys so far
+  uint32_t cut_parity_ = 0;
   Ring<Tile::kQueryStages> query_;
   Ring<Tile::kKeyStages> key_;
   Ring<Tile::kValueStages> value_;

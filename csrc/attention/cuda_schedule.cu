@@ -141,9 +141,8 @@ Status schedule_cells_longest_first(const AttentionProblem& p, const StripePlan&
   const int64_t list_heads = kv_heads * plan.list_heads / p.heads_kv;
   const int64_t group = (list_heads > 1 ? list_heads : 1) * plan.cut.cells();
   const int per_group = int(group < plan.cells ? group : plan.cells);
-  longest_first<<<unsigned((plan.cells + per_group - 1) / per_group), kThreads, 0,
-                  static_cast<cudaStream_t>(stream)>>>(CellLength{plan.counts, plan.tile_keys}, plan.cells, per_group,
-                                                       plan.order, plan.counter);
+  longest_first<<<unsigned((plan.cells + per_group - 1) / per_group), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      CellLength{plan.counts, plan.tile_keys}, plan.cells, per_group, plan.order, plan.counter);
   return status_of(cudaGetLastError(), "launching the ordering of the stripe plan");
 }
 

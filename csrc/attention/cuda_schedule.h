@@ -19,8 +19,8 @@ Status schedule_longest_first(const AttentionProblem& problem, int32_t* order, v
 Status schedule_keys_longest_first(const AttentionProblem& problem, const int32_t* offsets, int32_t* order,
                                    void* stream);
 
-/// The same for the cells of a stripe plan: plan.order[i] is the i-th of its `cells` that CTAs should take; plan.counter is set
-/// to 0.
+/// The same for the cells of a stripe plan: plan.order[i] is the i-th of its `cells` that CTAs should take;
+/// plan.counter is set to 0.
 Status schedule_cells_longest_first(const AttentionProblem& problem, const StripePlan& plan, void* stream);
 
 }  // namespace sparsekit::cuda

@@ -89,7 +89,7 @@ Status forward(const AttentionForward& p, const CudaContext& context) {
     if (!status.ok()) return status;
     const int64_t units = int64_t(plan.cells) * plan.cut.parts_of_cell() * cuda::heads_of_cell(p, plan);
     kernel->kernel<<<unsigned(units), threads, launch.shared_bytes, static_cast<cudaStream_t>(context.stream)>>>(p,
-                                                                                                              plan);
+                                                                                                                 plan);
     status = cuda::status_of(cudaGetLastError(), "launching stripe-sparse attention forward");
     if (!status.ok()) return status;
   }

@@ -1,5 +1,5 @@
-// Stripe-sparse attention on CUDA: how the query rows are cut into units of work, and the plan that says which keys each
-// unit walks. cuda_stripes_plan.cu makes the plan on the device; cuda_stripes_{forward,backward}* walk it.
+// Stripe-sparse attention on CUDA: how the query rows are cut into units of work, and the plan that says which keys
+// each unit walks. cuda_stripes_plan.cu makes the plan on the device; cuda_stripes_{forward,backward}* walk it.
 //
 // A unit is up to `rows` query rows of one head, of one group and, where there are blocks, of one query block: what one
 // CTA works on. It walks tiles of `tile_keys` keys, every key that its rows may see in exactly one of them: first the
@@ -33,11 +33,11 @@ struct UnitRows {
 /// these into units.
 struct StripeCut {
   int len_q = 0;
-  int rows = 0;           // of a unit
-  int group = 0;          // rows of a group, at most len_q
-  int block = 0;          // rows of a query block; 0: there are no blocks
-  int groups_a_block = 1; // regions that are counted for a query block; some may be empty
-  int parts = 1;          // units of a region
+  int rows = 0;            // of a unit
+  int group = 0;           // rows of a group, at most len_q
+  int block = 0;           // rows of a query block; 0: there are no blocks
+  int groups_a_block = 1;  // regions that are counted for a query block; some may be empty
+  int parts = 1;           // units of a region
   int regions = 0;
   bool cell_is_unit = false;
 
@@ -98,13 +98,13 @@ struct StripePlan {
   StripeCut cut;
   int list_batch = 1, list_heads = 1;  // 1 or batch; 1, heads_kv or heads_q: as fine as any of the lists
   int tile_keys = 0;
-  int tile_capacity = 0;      // block tiles of a cell
-  int64_t column_capacity = 0;  // entries of a cell, a multiple of tile_keys
-  BlockTile* tiles = nullptr;   // [cells here][tile_capacity]
-  int32_t* columns = nullptr;   // [cells here][column_capacity]
-  CellCounts* counts = nullptr; // [cells here]
-  int32_t* order = nullptr;     // [cells here]: longest first
-  int32_t* counter = nullptr;   // set to 0, for kernels that take units as they go
+  int tile_capacity = 0;          // block tiles of a cell
+  int64_t column_capacity = 0;    // entries of a cell, a multiple of tile_keys
+  BlockTile* tiles = nullptr;     // [cells here][tile_capacity]
+  int32_t* columns = nullptr;     // [cells here][column_capacity]
+  CellCounts* counts = nullptr;   // [cells here]
+  int32_t* order = nullptr;       // [cells here]: longest first
+  int32_t* counter = nullptr;     // set to 0, for kernels that take units as they go
   int first_cell = 0, cells = 0;  // of a round: those that the memory holds at a time
 
   SPARSEKIT_HOST_DEVICE int all_cells() const { return list_batch * list_heads * cut.cells(); }

@@ -7,7 +7,6 @@
 //   sum_backward_sinks      dsink
 // Scratch: 2 DIM floats for every key of every key head, and the plan.
 #include <algorithm>
-#include <cstdlib>
 
 #include "attention/cuda_backward_rows.h"
 #include "attention/cuda_implementations.h"
@@ -37,14 +36,13 @@ int ctas_that_fit(const StripesBackwardKernel& kernel, int bytes, const SharedMe
 const StripesBackwardKernel* kernel_for(const AttentionProblem& p, bool bias_gradient, const SharedMemory& card) {
   const StripesBackwardKernels kernels = kernels_of(p.dtype);
   const int dim = std::max(p.head_dim, p.value_dim);
-  const int64_t most_rows = p.lists.slots_per_row() > 0 ? std::min(p.lists.block_q, p.stripes.group_size)
-                                                        : p.stripes.group_size;
+  const int64_t most_rows =
+      p.lists.slots_per_row() > 0 ? std::min(p.lists.block_q, p.stripes.group_size) : p.stripes.group_size;
   const StripesBackwardKernel* found = nullptr;
-  const char* experiment = std::getenv("STRIPES_ROWS");
   for (const StripesBackwardKernel* kernel = kernels.first; kernel < kernels.first + kernels.count; ++kernel) {
     if (kernel->dim < dim || (found && kernel->dim > found->dim)) continue;
     if (ctas_that_fit(*kernel, kernel->shared_bytes(1, bias_gradient), card) == 0) continue;
-    if (!found || found->rows >= 2 * most_rows || (experiment && std::atoi(experiment) < found->rows)) found = kernel;
+    if (!found || found->rows >= 2 * most_rows) found = kernel;
   }
   return found;
 }
@@ -80,16 +78,13 @@ Status walk_units(StripesBackward work, const StripesBackwardKernel& kernel, con
   StripePlan& plan = work.plan;
   auto bytes = [&](int stages) { return kernel.shared_bytes(stages, a.grad_key_bias != nullptr); };
   work.stages = ctas_that_fit(kernel, bytes(2), card) >= ctas_that_fit(kernel, bytes(1), card) ? 2 : 1;
-  const char* experiment = std::getenv("STRIPES_STAGES");
-  const bool overlap = kernel.overlapped && bytes(3) <= card.per_block && !(experiment && std::atoi(experiment) == 2);
   work.keys = !a.deterministic;
   for (int first = 0; first < plan.all_cells(); first += plan.cells) {
     place_stripe_plan(&plan, plan_memory, first);
     Status status = make_stripe_plan(a, plan, context.stream);
     if (!status.ok()) return status;
     const int64_t units = int64_t(plan.cells) * plan.cut.parts_of_cell() * heads_of_cell(a, plan);
-    status = overlap ? launch(kernel.overlapped, units, kernel, bytes(3), work, stream)
-                     : launch(kernel.units, units, kernel, bytes(work.stages), work, stream);
+    status = launch(kernel.units, units, kernel, bytes(work.stages), work, stream);
     if (!status.ok()) return status;
     if (!a.deterministic) continue;
     status = launch(kernel.sections, a.batch * a.heads_kv * work.sections, kernel, bytes(work.stages), work, stream);

@@ -21,7 +21,6 @@ struct StripesBackward {
 
 struct StripesBackwardKernel {
   void (*units)(const StripesBackward work);     // dQ, and dK and dV by atomics where they are wanted
-  void (*overlapped)(const StripesBackward work);  // units with kOverlapped stages; may be null
   void (*sections)(const StripesBackward work);  // dK and dV in a fixed order
   int (*shared_bytes)(int stages, bool bias_gradient);
   int dim;   // upper bound of both dimensions

@@ -16,18 +16,22 @@
 
 namespace sparsekit::sm80 {
 
-/// load_rows for the rows of a tile.
+/// load_rows for the rows of a tile. Row numbers are read before the copies, which the compiler leaves in their order.
 template <int ROW_BYTES>
 __device__ __forceinline__ void gather_rows(uint32_t tile, const char* head, int row_bytes, const int32_t* place,
                                             bool of_block, int count, int end, int chunks, const Lane& at) {
   constexpr int kChunks = ROW_BYTES / kChunkBytes;
   for (int eight = at.warp; eight < count / 8; eight += at.warps) {
+    int from[kChunks / 4];
+#pragma unroll
+    for (int i = 0; i < kChunks / 4; ++i) {
+      from[i] = tile_row(place, of_block, eight * 8 + (i * kWarpSize + at.lane) / kChunks);
+    }
 #pragma unroll
     for (int i = 0; i < kChunks / 4; ++i) {
       const int row = (i * kWarpSize + at.lane) / kChunks, chunk = (i * kWarpSize + at.lane) % kChunks;
-      const int from = tile_row(place, of_block, eight * 8 + row);
       copy_async_16(tile + eight * 8 * ROW_BYTES + swizzled<ROW_BYTES>(row, chunk),
-                    head + int64_t(from) * row_bytes + chunk * kChunkBytes, from < end && chunk < chunks);
+                    head + int64_t(from[i]) * row_bytes + chunk * kChunkBytes, from[i] < end && chunk < chunks);
     }
   }
 }
@@ -105,8 +109,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
 
   const TileRing<kKeys> ring(plan, unit.cell, reinterpret_cast<int32_t*>(shared + ring_at));
   auto load_key = [&](int tile) {
-    gather_rows<kRow>(k_tile, key, int(p.key.row * element), ring.place(tile), ring.of_block(tile), kKeys,
-                      int(p.len_k), key_chunks, at);
+    gather_rows<kRow>(k_tile, key, int(p.key.row * element), ring.place(tile), ring.of_block(tile), kKeys, int(p.len_k),
+                      key_chunks, at);
   };
   auto load_value = [&](int tile) {
     gather_rows<kValueRow>(v_tile, value, int(p.value.row * element), ring.place(tile), ring.of_block(tile), kKeys,
@@ -122,8 +126,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
 
   const bool transformed = p.softcap > 0.f || p.key_bias || !(p.scale > 0.f);
   const float factor = transformed ? 1.f : p.scale * kLog2e;
-  const float* bias =
-      p.key_bias ? p.key_bias + unit.batch * p.key_bias_batch + unit.head * p.key_bias_head : nullptr;
+  const float* bias = p.key_bias ? p.key_bias + unit.batch * p.key_bias_batch + unit.head * p.key_bias_head : nullptr;
   const StripeSight sight(p, unit.batch, unit.rows.first);
 
   Outputs<Tile> o;
@@ -189,8 +192,8 @@ constexpr StripesForwardKernel stripes_kernel_of() {
   return {stripes_forward<Tile>, Tile::kHead, Tile::kValue, Tile::kRowsPerWarp, Tile::kKeys, Tile::kCtas};
 }
 
-/// The tile sizes of bf16 and fp16: those of blocks (cuda_forward_sm80_16bit.cuh) in the classes that matter. Tiles of 64
-/// keys also serve blocks of 64.
+/// The tile sizes of bf16 and fp16: those of blocks (cuda_forward_sm80_16bit.cuh) in the classes that matter. Tiles of
+/// 64 keys also serve blocks of 64.
 template <class Element>
 StripesForwardKernels stripes_forward_kernels_16bit() {
   static const StripesForwardKernel kernels[] = {

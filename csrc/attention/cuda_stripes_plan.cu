@@ -2,8 +2,8 @@
 //
 // A bitmap over the keys in shared memory takes the columns of the cell's group, in any order and twice if they are
 // listed twice, and the sink keys. Listed blocks become tiles; where bits or a window may hide a block's keys, its tile
-// takes the bitmap's bits along. What is left outside the blocks is written out, ascending, with the local keys between.
-// Keys beyond 262,144 are taken in chunks of as many.
+// takes the bitmap's bits along. What is left outside the blocks is written out, ascending, with the local keys
+// between. Keys beyond 262,144 are taken in chunks of as many.
 //
 // Bound: latency of shared-memory atomics and the lists' memory traffic. 16 heads of 32,768 tokens at 10 %: 13 million
 // columns read once and written once. Nothing is read on the host; the same plan on every run.
@@ -20,7 +20,7 @@ namespace sparsekit::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarpSize;
-constexpr int kChunkWords = 8192;               // of 32 keys: 64 KB for two bitmaps
+constexpr int kChunkWords = 8192;                 // of 32 keys: 64 KB for two bitmaps
 constexpr size_t kPlanBytes = size_t(256) << 20;  // unless one cell needs more
 
 struct PlanArguments {

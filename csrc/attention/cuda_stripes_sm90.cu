@@ -33,9 +33,7 @@ const char* refuses(const AttentionProblem& p, Direction direction, const CudaCo
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "dtype: supported are float16, bfloat16";
   if (p.packed()) return "packed batches (cu_seqlens) are not in this implementation";
   if (p.stripes.group_size % kRows) return "group_size: supported are multiples of 128";
-  if (p.lists.slots_per_row() > 0 && (p.lists.block_q != kRows || p.lists.block_k != kKeys)) {
-    return "block_size: supported is (128, 128)";
-  }
+  if (p.lists.block_q != kRows || p.lists.block_k != kKeys) return "block_size: supported is (128, 128)";
   if (p.head_dim < 64 || p.value_dim < 64) return "head_dim, value_dim: supported are 64 and larger";
   if (p.head_dim % 8 || p.value_dim % 8) return "head_dim, value_dim: supported are multiples of 16 bytes";
   if (!kernel_for(p)) return "head_dim, value_dim: supported are up to 128";

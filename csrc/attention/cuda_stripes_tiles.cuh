@@ -1,5 +1,5 @@
-// What forward and backward of stripe-sparse attention share on the GPU: which unit a CTA works on, the tiles of its plan
-// (cuda_stripes.h) as they pass through shared memory, the gathering of their rows, and who sees whom in them.
+// What forward and backward of stripe-sparse attention share on the GPU: which unit a CTA works on, the tiles of its
+// plan (cuda_stripes.h) as they pass through shared memory, the gathering of their rows, and who sees whom in them.
 //
 // The plan holds rows of key that exist, but the column entries that pad a list do not: row 2^31 - 1, never read.
 #pragma once
@@ -117,17 +117,16 @@ struct StripeSight {
 
   /// Whether no row of the unit sees this tile of columns or one after it: they ascend.
   __device__ __forceinline__ bool ends(const int32_t* place, bool of_block, int last_row) const {
-    return !of_block && p.causal && !positions() &&
-           (place[0] & kColumnRow) > last_row + int(p.len_k) - int(p.len_q);
+    return !of_block && p.causal && !positions() && (place[0] & kColumnRow) > last_row + int(p.len_k) - int(p.len_q);
   }
 
-  /// Which of the keys first ... first + 31 of a tile (first a multiple of 16) row `row` sees, bit by bit. Only the bits
-  /// of `wanted` are right.
+  /// Which of the keys first ... first + 31 of a tile (first a multiple of 16) row `row` sees, bit by bit. Only the
+  /// bits of `wanted` are right.
   __device__ __forceinline__ uint32_t word(const int32_t* place, bool of_block, int row, int first,
                                            uint32_t wanted) const {
     row = min(row, int(p.len_q) - 1);
-    const int64_t at = p.query_positions ? p.query_positions[batch * p.query_positions_batch + row]
-                                         : int64_t(row) + p.len_k - p.len_q;
+    const int64_t at =
+        p.query_positions ? p.query_positions[batch * p.query_positions_batch + row] : int64_t(row) + p.len_k - p.len_q;
     const int64_t local = at - p.stripes.local;  // the band begins behind it
     const int32_t* positions = p.key_positions ? p.key_positions + batch * p.key_positions_batch : nullptr;
     if (!of_block) {
@@ -158,7 +157,8 @@ struct StripeSight {
       const int i = __ffs(left) - 1;
       if (key + i >= p.len_k) break;
       const int position = positions[key + i];
-      if ((columns >> i & 1 && before.holds(position)) || (p.stripes.local > 0 && band.holds(position))) seen |= 1u << i;
+      if ((columns >> i & 1 && before.holds(position)) || (p.stripes.local > 0 && band.holds(position)))
+        seen |= 1u << i;
     }
     return seen;
   }

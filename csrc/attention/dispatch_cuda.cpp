@@ -18,10 +18,11 @@ constexpr const CudaAttention* table[] = {
 const char* refuses(const CudaAttention& entry, const AttentionProblem& problem, Direction direction,
                     const CudaContext& context) {
   if (context.compute_capability < 80) return "needs a GPU of compute capability 8.0 (Ampere) or newer";
-  const char* forced = std::getenv("SPARSEKIT_CUDA_KERNELS");  // experiment
+  const char* forced = std::getenv("SPARSEKIT_CUDA_KERNELS");  // a part of the names that may run, as "sm80"
   if (forced && !std::strstr(entry.name, forced)) return "SPARSEKIT_CUDA_KERNELS forces another implementation";
   const bool stripes = &entry == &attention_cuda_stripes_sm90 || &entry == &attention_cuda_stripes_sm80;
-  if (problem.stripes.any() != stripes) return stripes ? "takes columns (stripes) only" : "takes blocks only, no columns";
+  if (problem.stripes.any() != stripes)
+    return stripes ? "takes columns (stripes) only" : "takes blocks only, no columns";
   return entry.refuses(problem, direction, context);
 }
 

@@ -19,13 +19,13 @@ struct FastKernels {
   const DecodeSplit& split;
   const Workspace& w;
   bool bf16_keys = false, bf16_values_fit = false, key_codes = false, value_codes = false;
-  KeyState keys;
+  KeyState key_state;
   uint16_t* query;  // bf16 [rows][head_dim, rounded up to 32]
 
   FastKernels(const DecodeSplit& split, const Workspace& w)
       : split(split),
         w(w),
-        keys(split.problem->cache ? split.problem->cache->key : KvPacking(), reinterpret_cast<int8_t*>(w.more)) {
+        key_state(split.problem->cache ? split.problem->cache->key : KvPacking(), reinterpret_cast<int8_t*>(w.more)) {
     const DecodeAttention& p = *split.problem;
     DType rows = p.plain ? p.plain->dtype : p.cache->dtype;
     bf16_keys = rows == DType::bf16 && p.dtype == DType::bf16;
@@ -43,39 +43,41 @@ struct FastKernels {
     }
   }
 
-  /// The chunk after this one where it is of the same kind: its streams go on there.
-  static const DecodeChunk* after(const DecodeChunk& chunk, const DecodeChunk& next) {
-    return &next == &chunk || next.quantized != chunk.quantized ? nullptr : &next;
+  /// The next chunk where it is known and of the same kind: this one's streams go on there.
+  static const DecodeChunk* after(const DecodeChunk* chunk, const DecodeChunk* next) {
+    return next && next->quantized == chunk->quantized ? next : nullptr;
   }
 
-  void scores(const DecodeChunk& chunk, const DecodeChunk& next) {
+  void scores(const DecodeChunk& chunk, const DecodeChunk* following) {
+    const DecodeChunk* next = after(&chunk, following);
     if (!chunk.quantized) {
       if (!bf16_keys) return plain_scores(split, chunk, w);
       switch (split.problem->head_dim) {
-        case 64: return bf16_scores<2>(split, chunk, after(chunk, next), query, w);
-        case 128: return bf16_scores<4>(split, chunk, after(chunk, next), query, w);
-        default: return bf16_scores<0>(split, chunk, after(chunk, next), query, w);
+        case 64: return bf16_scores<2>(split, chunk, next, query, w);
+        case 128: return bf16_scores<4>(split, chunk, next, query, w);
+        default: return bf16_scores<0>(split, chunk, next, query, w);
       }
     }
     if (!key_codes) return quantized_scores(split, chunk, w);
     switch (split.problem->cache->key.bits) {
-      case 8: return vnni_scores<8>(split, chunk, after(chunk, next), keys, w);
-      case 4: return vnni_scores<4>(split, chunk, after(chunk, next), keys, w);
-      case 3: return vnni_scores<3>(split, chunk, after(chunk, next), keys, w);
-      default: return vnni_scores<2>(split, chunk, after(chunk, next), keys, w);
+      case 8: return vnni_scores<8>(split, chunk, next, key_state, w);
+      case 4: return vnni_scores<4>(split, chunk, next, key_state, w);
+      case 3: return vnni_scores<3>(split, chunk, next, key_state, w);
+      default: return vnni_scores<2>(split, chunk, next, key_state, w);
     }
   }
 
-  void values(const DecodeChunk& chunk, const DecodeChunk& next) const {
+  void values(const DecodeChunk& chunk, const DecodeChunk* following) const {
+    const DecodeChunk* next = after(&chunk, following);
     if (!chunk.quantized) {
-      return bf16_values_fit ? bf16_values(split, chunk, after(chunk, next), w) : plain_values(split, chunk, w);
+      return bf16_values_fit ? bf16_values(split, chunk, next, w) : plain_values(split, chunk, w);
     }
     if (!value_codes) return quantized_values(split, chunk, w);
     switch (split.problem->cache->value.bits) {
-      case 8: return vnni_values<8>(split, chunk, after(chunk, next), w);
-      case 4: return vnni_values<4>(split, chunk, after(chunk, next), w);
-      case 3: return vnni_values<3>(split, chunk, after(chunk, next), w);
-      default: return vnni_values<2>(split, chunk, after(chunk, next), w);
+      case 8: return vnni_values<8>(split, chunk, next, w);
+      case 4: return vnni_values<4>(split, chunk, next, w);
+      case 3: return vnni_values<3>(split, chunk, next, w);
+      default: return vnni_values<2>(split, chunk, next, w);
     }
   }
 };

@@ -18,21 +18,27 @@ constexpr float infinity = __builtin_inff();
 /// Scratch of one split.
 struct Workspace {
   float* tile;     // [32][max(head_dim, value_dim)]
-  float* x;        // [rows][128]
+  float* x;        // [rows][128] of the chunk at hand, of run(p) chunks
   uint8_t* codes;  // [32][max dim]
   float* more;     // what a kernel adds
   static int64_t tile_floats(const DecodeAttention& p) {
     return int64_t(kv_block) * (p.head_dim > p.value_dim ? p.head_dim : p.value_dim);
   }
   static int64_t rows(const DecodeAttention& p) { return p.heads_q / p.heads_kv * p.len_q; }
+  /// Chunks whose keys are read before the first one's values: scores of 32 KB at most. Processors prefetch along one
+  /// stream; with turns from keys to values every 128 tokens they lost it all the time.
+  static int32_t run(const DecodeAttention& p) {
+    int64_t fit = 64 / rows(p);
+    return fit < 1 ? 1 : fit < split_chunks ? int32_t(fit) : split_chunks;
+  }
   static int64_t floats(const DecodeAttention& p) {
-    return tile_floats(p) + rows(p) * chunk_tokens + tile_floats(p) / 4;
+    return tile_floats(p) + run(p) * rows(p) * chunk_tokens + tile_floats(p) / 4;
   }
   Workspace(const DecodeSplit& split) {
     const DecodeAttention& p = *split.problem;
     tile = split.scratch;
     x = tile + tile_floats(p);
-    codes = reinterpret_cast<uint8_t*>(x + rows(p) * chunk_tokens);
+    codes = reinterpret_cast<uint8_t*>(x + run(p) * rows(p) * chunk_tokens);
     more = split.scratch + floats(p);
   }
 };
@@ -50,8 +56,7 @@ void plain_scores(const DecodeSplit& split, const DecodeChunk& chunk, const Work
   const DecodeAttention& p = *split.problem;
   DType dtype = p.plain ? p.plain->dtype : p.cache->dtype;
   for (int32_t t = 0; t < chunk.count; ++t) {
-    for (int32_t d = 0; d < p.head_dim; d += Simd::lanes)
-      Simd::store(w.tile + d, load_any(chunk.key[t], d, dtype));
+    for (int32_t d = 0; d < p.head_dim; d += Simd::lanes) Simd::store(w.tile + d, load_any(chunk.key[t], d, dtype));
     for (int32_t r = 0; r < split.rows; ++r) {
       const float* query = split.query + int64_t(r) * p.head_dim;
       Simd::Float even = Simd::zero(), odd = Simd::zero();
@@ -166,87 +171,80 @@ SPARSEKIT_INLINE float largest_lane(Simd::Float x, float largest) {
   return largest;
 }
 
-/// softmax_row for a whole chunk that needs nothing but the scale: it stays in registers (AVX-512). False: NaN or -inf
-/// among the scores, nothing was done.
-SPARSEKIT_INLINE bool softmax_whole_row(const DecodeSplit& split, int32_t r, float* x) {
-  constexpr int32_t vectors = chunk_tokens / Simd::lanes;
-  Simd::Float s[vectors], scale = Simd::set(split.problem->scale * 1.44269504f);
-  Simd::Float most = Simd::set(-infinity), check = Simd::zero();
-#pragma GCC unroll 8
-  for (int32_t i = 0; i < vectors; ++i) {
-    s[i] = Simd::mul(Simd::load(x + i * Simd::lanes), scale);
-    most = Simd::max(s[i], most);
-    check = Simd::fma(s[i], Simd::zero(), check);
-  }
-  if (Simd::sum(check) != 0) return false;
-  float found = Simd::largest(most), largest = found > split.largest[r] ? found : split.largest[r];
-  if (largest != split.largest[r]) raise_maximum(split, r, largest);
-  Simd::Float total = Simd::zero();
-#pragma GCC unroll 8
-  for (int32_t i = 0; i < vectors; ++i) {
-    Simd::Float weight = exp2<5>(Simd::sub(s[i], Simd::set(largest)));
-    total = Simd::add(total, weight);
-    Simd::store(x + i * Simd::lanes, weight);
-  }
-  split.total[r] += Simd::sum(total);
-  return true;
-}
-
-/// Turns products into weights: scale, softcap, bias, mask; grows the row's maximum, shrinks what it has summed.
-void softmax_row(const DecodeSplit& split, const DecodeChunk& chunk, int32_t r, float* x) {
+/// Products of a chunk to scores in units of log2, in place: scale, softcap, bias, mask. Returns the largest: -inf
+/// where the row sees none, NaN where one is.
+float scale_row(const DecodeSplit& split, const DecodeChunk& chunk, int32_t r, float* x) {
   const DecodeAttention& p = *split.problem;
   constexpr int32_t lanes = Simd::lanes;
   const float log2e = 1.44269504f;
   int64_t visible = split.limit(r) - chunk.first;
   int32_t seen = visible < 0 ? 0 : visible < chunk.count ? int32_t(visible) : chunk.count;
-  bool plain = p.softcap == 0 && !p.key_bias && !p.scores;
-  if (plain && seen == chunk_tokens && softmax_whole_row(split, r, x)) return;
-  for (int32_t t = 0; t < seen; t += lanes) {
-    Simd::Float s = Simd::mul(Simd::load(x + t), Simd::set(p.scale));
-    if (p.softcap > 0) s = Simd::mul(tanh(Simd::mul(s, Simd::set(1.f / p.softcap))), Simd::set(p.softcap));
-    Simd::store(x + t, s);
-  }
-  if (const float* bias = split.bias(r)) {
-    int64_t end = p.bias_length - chunk.first < seen ? p.bias_length - chunk.first : seen;
-    for (int32_t t = 0; t < end; ++t) {
-      float b = bias[chunk.first + t];
-      x[t] = b == -infinity ? -infinity : x[t] + b;
+  Simd::Float most = Simd::set(-infinity), check = Simd::zero();
+  if (p.softcap == 0 && !p.key_bias && !p.scores) {
+    Simd::Float scale = Simd::set(p.scale * log2e);
+    for (int32_t t = 0; t < seen; t += lanes) Simd::store(x + t, Simd::mul(Simd::load(x + t), scale));
+  } else {
+    for (int32_t t = 0; t < seen; t += lanes) {
+      Simd::Float s = Simd::mul(Simd::load(x + t), Simd::set(p.scale));
+      if (p.softcap > 0) s = Simd::mul(tanh(Simd::mul(s, Simd::set(1.f / p.softcap))), Simd::set(p.softcap));
+      Simd::store(x + t, s);
     }
-  }
-  if (float* scores = split.scores(r)) {
-    for (int32_t t = 0; t < seen && chunk.first + t < p.scores_length; ++t) scores[chunk.first + t] = x[t];
+    if (const float* bias = split.bias(r)) {
+      int64_t end = p.bias_length - chunk.first < seen ? p.bias_length - chunk.first : seen;
+      for (int32_t t = 0; t < end; ++t) {
+        float b = bias[chunk.first + t];
+        x[t] = b == -infinity ? -infinity : x[t] + b;
+      }
+    }
+    if (float* scores = split.scores(r)) {
+      for (int32_t t = 0; t < seen && chunk.first + t < p.scores_length; ++t) scores[chunk.first + t] = x[t];
+    }
+    for (int32_t t = 0; t < seen; t += lanes) Simd::store(x + t, Simd::mul(Simd::load(x + t), Simd::set(log2e)));
   }
   for (int32_t t = seen; t < chunk_tokens; ++t) x[t] = -infinity;
-
-  Simd::Float most = Simd::set(-infinity), check = Simd::zero();
   for (int32_t t = 0; t < seen; t += lanes) {
-    Simd::Float s = Simd::mul(Simd::load(x + t), Simd::set(log2e));
-    Simd::store(x + t, s);
-    most = Simd::max(s, most);                             // the other operand where s is NaN,
-    check = Simd::add(check, Simd::mul(s, Simd::zero()));  // so NaN is looked for: also -inf * 0
+    Simd::Float s = Simd::load(x + t);
+    most = Simd::max(s, most);                  // the other operand where s is NaN,
+    check = Simd::fma(s, Simd::zero(), check);  // so NaN is looked for: also -inf * 0
   }
-  float largest = largest_lane(most, split.largest[r]);
   if (Simd::sum(check) != 0) {  // NaN: of a score, or of a masked one
     for (int32_t t = 0; t < seen; ++t) {
-      if (x[t] != x[t]) largest = x[t];
+      if (x[t] != x[t]) return x[t];
     }
   }
+  return largest_lane(most, -infinity);
+}
+
+/// Scores of row r in `count` chunks, `size` floats apart, to weights; grows the row's maximum, shrinks what it has
+/// summed. One maximum for all chunks: a step per chunk waited for its own maximum each time.
+void softmax_row(const DecodeSplit& split, const DecodeChunk* chunks, int64_t count, int64_t size, int32_t r,
+                 float* scores) {
+  float largest = split.largest[r];
+  for (int64_t i = 0; i < count; ++i) {
+    float found = scale_row(split, chunks[i], r, scores + i * size);
+    if (found > largest || found != found) largest = found;
+  }
   if (largest == -infinity) {  // no key yet
-    for (int32_t t = 0; t < chunk_tokens; ++t) x[t] = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int32_t t = 0; t < chunk_tokens; ++t) scores[i * size + t] = 0;
+    }
     return;
   }
   if (largest != split.largest[r]) raise_maximum(split, r, largest);
-  Simd::Float total = Simd::zero();
-  for (int32_t t = 0; t < chunk_tokens; t += lanes) {
-    Simd::Float weight = exp2<5>(Simd::sub(Simd::load(x + t), Simd::set(largest)));
-    total = Simd::add(total, weight);
-    Simd::store(x + t, weight);
+  Simd::Float base = Simd::set(largest), total = Simd::zero();
+  for (int64_t i = 0; i < count; ++i) {
+    float* x = scores + i * size;
+    for (int32_t t = 0; t < chunk_tokens; t += Simd::lanes) {
+      Simd::Float weight = exp2<5>(Simd::sub(Simd::load(x + t), base));
+      total = Simd::add(total, weight);
+      Simd::store(x + t, weight);
+    }
   }
   split.total[r] += Simd::sum(total);
 }
 
-/// The walk over a split's chunks. `Kernels` has the two products over a chunk; `next` is the chunk after it, or the
-/// same at the end: what to prefetch.
+/// The walk over a split's chunks. `Kernels` has the two products over a chunk; `next` is the chunk behind it
+/// or null: what to prefetch.
 template <class Kernels>
 void run_split(const DecodeSplit& split) {
   const DecodeAttention& p = *split.problem;
@@ -254,18 +252,26 @@ void run_split(const DecodeSplit& split) {
   for (int64_t i = 0; i < int64_t(split.rows) * p.value_dim; ++i) split.acc[i] = 0;
   for (int32_t r = 0; r < split.rows; ++r) split.largest[r] = -infinity, split.total[r] = 0;
   Kernels kernels(split, w);
-  DecodeChunk chunks[2];
-  decode_chunk(p, split.batch, split.head, split.first_chunk, &chunks[0]);
-  for (int64_t index = split.first_chunk; index < split.last_chunk; ++index) {
-    int32_t now = int32_t(index - split.first_chunk) % 2;
-    const DecodeChunk &chunk = chunks[now], *next = &chunk;
-    if (index + 1 < split.last_chunk) {
-      next = &chunks[1 - now];
-      decode_chunk(p, split.batch, split.head, index + 1, &chunks[1 - now]);
+  float* scores = w.x;
+  int64_t size = int64_t(split.rows) * chunk_tokens;
+  DecodeChunk chunks[split_chunks + 1];
+  for (int64_t first = split.first_chunk, count; first < split.last_chunk; first += count) {
+    int64_t left = split.last_chunk - first, known = 0;
+    count = Workspace::run(p) < left ? Workspace::run(p) : left;
+    for (; known < left && known <= count; ++known) {
+      decode_chunk(p, split.batch, split.head, first + known, &chunks[known]);
     }
-    kernels.scores(chunk, *next);
-    for (int32_t r = 0; r < split.rows; ++r) softmax_row(split, chunk, r, w.x + int64_t(r) * chunk_tokens);
-    kernels.values(chunk, *next);
+    for (int64_t i = 0; i < count; ++i) {
+      w.x = scores + i * size;
+      kernels.scores(chunks[i], i + 1 < known ? &chunks[i + 1] : nullptr);
+    }
+    for (int32_t r = 0; r < split.rows; ++r) {
+      softmax_row(split, chunks, count, size, r, scores + int64_t(r) * chunk_tokens);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      w.x = scores + i * size;
+      kernels.values(chunks[i], i + 1 < known ? &chunks[i + 1] : nullptr);
+    }
   }
 }
 
@@ -273,10 +279,10 @@ struct FloatKernels {
   const DecodeSplit& split;
   const Workspace& w;
   FloatKernels(const DecodeSplit& split, const Workspace& w) : split(split), w(w) {}
-  void scores(const DecodeChunk& chunk, const DecodeChunk&) const {
+  void scores(const DecodeChunk& chunk, const DecodeChunk*) const {
     chunk.quantized ? quantized_scores(split, chunk, w) : plain_scores(split, chunk, w);
   }
-  void values(const DecodeChunk& chunk, const DecodeChunk&) const {
+  void values(const DecodeChunk& chunk, const DecodeChunk*) const {
     chunk.quantized ? quantized_values(split, chunk, w) : plain_values(split, chunk, w);
   }
 };

@@ -54,54 +54,40 @@ SPARSEKIT_INLINE void prefetch_bytes(const void* at, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(at) + i, _MM_HINT_T0);
 }
 
-/// Asks for the line at `offset` of two later blocks of the same stream: `far` some 4 KB ahead, and `near` half way, as a
-/// processor drops prefetches while all its miss registers are busy: 0.84 of the stream's rate where asking once, a chunk
-/// ahead, gave 0.76 (int8). Null: no such block.
-struct Ahead {
-  const uint8_t *far = nullptr, *near = nullptr;
-
-  SPARSEKIT_INLINE void ask(const Ahead& a, int64_t offset) {
-    if (a.far) _mm_prefetch(reinterpret_cast<const char*>(a.far) + offset, _MM_HINT_T0);
-    if (a.near) _mm_prefetch(reinterpret_cast<const char*>(a.near) + offset, _MM_HINT_T0);
-  }
-};
-
-/// Block `block` of a chunk or, past its end, of the next.
-SPARSEKIT_INLINE const uint8_t* block_at(const uint8_t* const* now, const uint8_t* const* next, int32_t block) {
+/// The block that stands about 8 KB further on in the same stream, in the chunk or the next, to ask for a line of it
+/// with each line that is read; null: none.
+SPARSEKIT_INLINE const uint8_t* block_ahead(const uint8_t* const* now, const uint8_t* const* next, int32_t block,
+                                            int32_t bits) {
+  block += bits == 8 ? 2 : chunk_blocks;
   return block < chunk_blocks ? now[block] : next ? next[block - chunk_blocks] : nullptr;
 }
-SPARSEKIT_INLINE Ahead ahead_of(const uint8_t* const* now, const uint8_t* const* next, int32_t block, int32_t bits) {
-  int32_t near = bits == 2 ? 2 : 1;
-  return {block_at(now, next, block + 2 * near), block_at(now, next, block + near)};
+SPARSEKIT_INLINE void ask(const uint8_t* block, int64_t offset) {
+  if (block) _mm_prefetch(reinterpret_cast<const char*>(block) + offset, _MM_HINT_T0);
 }
 
 // ---- keys: lanes are tokens, a block is two vectors of 16
 
-template <int rows, int blocks>
+template <int rows>
 struct KeySums {
-  static constexpr int vectors = 2 * blocks;
-  // Chains: 8 at least, for 4 cycles of latency on two ports.
-  static constexpr int parities = rows * vectors < 4 ? 2 : 1;
-  __m512i hi[rows][vectors][parities], lo[rows][vectors][parities];
+  static constexpr int parities = rows == 1 ? 2 : 1;  // chains: 8 at least, for 4 cycles of latency on two ports
+  __m512i hi[rows][2][parities], lo[rows][2][parities];
 
   SPARSEKIT_INLINE void clear(KeySums& s) {
     for (int r = 0; r < rows; ++r) {
-      for (int v = 0; v < vectors; ++v) {
+      for (int v = 0; v < 2; ++v) {
         for (int k = 0; k < parities; ++k) s.hi[r][v][k] = s.lo[r][v][k] = _mm512_setzero_si512();
       }
     }
   }
-  SPARSEKIT_INLINE void add(KeySums& s, const __m512i (&codes)[vectors], const Factors* f, int32_t channel,
-                            int parity) {
+  SPARSEKIT_INLINE void add(KeySums& s, __m512i codes0, __m512i codes1, const Factors* f, int32_t channel, int parity) {
     int k = parity % parities;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
       __m512i hi = broadcast4(f[r].hi + channel), lo = broadcast4(f[r].lo + channel);
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        s.hi[r][v][k] = _mm512_dpbusd_epi32(s.hi[r][v][k], codes[v], hi);
-        s.lo[r][v][k] = _mm512_dpbusd_epi32(s.lo[r][v][k], codes[v], lo);
-      }
+      s.hi[r][0][k] = _mm512_dpbusd_epi32(s.hi[r][0][k], codes0, hi);
+      s.lo[r][0][k] = _mm512_dpbusd_epi32(s.lo[r][0][k], codes0, lo);
+      s.hi[r][1][k] = _mm512_dpbusd_epi32(s.hi[r][1][k], codes1, hi);
+      s.lo[r][1][k] = _mm512_dpbusd_epi32(s.lo[r][1][k], codes1, lo);
     }
   }
   SPARSEKIT_INLINE __m512i total(const KeySums& s, int r, int v) {
@@ -119,53 +105,42 @@ SPARSEKIT_INLINE __m512i load_codes(const uint8_t* p) {
   return codes;
 }
 
-/// Adds channels first to last (multiples of 16; of 32 for 3 bits) of some blocks, and asks for the same place of later
-/// ones, a line for each line that it reads.
-template <int bits, int rows, int blocks>
-SPARSEKIT_INLINE void add_channels(KeySums<rows, blocks>& s, const uint8_t* const* block, const Ahead* ahead,
-                                   int32_t dim, int32_t first, int32_t last, const Factors* f) {
-  constexpr int vectors = 2 * blocks;
+/// Adds channels first to last (multiples of 16; of 32 for 3 bits) of a block, and asks for the same place of a later
+/// one, a line for each line that it reads.
+template <int bits, int rows>
+SPARSEKIT_INLINE void add_channels(KeySums<rows>& s, const uint8_t* block, const uint8_t* ahead, int32_t dim,
+                                   int32_t first, int32_t last, const Factors* f) {
+  auto load = [&](int64_t at) __attribute__((always_inline)) {
+    ask(ahead, at);
+    return load_codes(block + at);
+  };
   if (bits == 3) {
     for (int32_t d = first; d < last; d += 32) {
-      __m512i high[vectors];
       int64_t plane = 8 * dim + 4 * d;  // a row of 32 words for 32 channels
-      for (int v = 0; v < vectors; ++v) {
-        high[v] = load_codes(block[v / 2] + plane + v % 2 * 64);
-        Ahead::ask(ahead[v / 2], plane + v % 2 * 64);
-      }
+      __m512i high0 = load(plane), high1 = load(plane + 64);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        __m512i low[vectors], codes[vectors];
-        for (int v = 0; v < vectors; ++v) {
-          low[v] = load_codes(block[v / 2] + 8 * d + 128 * half + v % 2 * 64);
-          Ahead::ask(ahead[v / 2], 8 * d + 128 * half + v % 2 * 64);
-        }
+        __m512i low0 = load(8 * d + 128 * half), low1 = load(8 * d + 128 * half + 64);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-          for (int v = 0; v < vectors; ++v) codes[v] = field_3(low[v], j, high[v], 4 * half + j);
-          KeySums<rows, blocks>::add(s, codes, f, d + 16 * half + 4 * j, j);
+          KeySums<rows>::add(s, field_3(low0, j, high0, 4 * half + j), field_3(low1, j, high1, 4 * half + j), f,
+                             d + 16 * half + 4 * j, j);
         }
       }
     }
     return;
   }
-  // Two steps of 8 bits at once: which chain a product joins must not depend on d, or the sums live in memory.
+  // Two steps of 8 bits at once: which chain a product joins must not depend on d, or the sums live in memory (int8
+  // took twice as long).
   constexpr int fields = 8 / bits, steps = fields == 1 ? 2 : 1;
   for (int32_t d = first; d < last; d += 4 * fields * steps) {
 #pragma GCC unroll 2
     for (int step = 0; step < steps; ++step) {
       int64_t at = (d + 4 * step) * bits * 4;  // 32 words for 4 * fields channels
-      __m512i words[vectors], codes[vectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        words[v] = load_codes(block[v / 2] + at + v % 2 * 64);
-        Ahead::ask(ahead[v / 2], at + v % 2 * 64);
-      }
+      __m512i words0 = load(at), words1 = load(at + 64);
 #pragma GCC unroll 4
       for (int j = 0; j < fields; ++j) {
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) codes[v] = field<bits>(words[v], j);
-        KeySums<rows, blocks>::add(s, codes, f, d + 4 * (step + j), step + j);
+        KeySums<rows>::add(s, field<bits>(words0, j), field<bits>(words1, j), f, d + 4 * (step + j), step + j);
       }
     }
   }
@@ -223,41 +198,36 @@ void split_query(const KvPacking& p, const float* query, KeyFactors& k) {
   k.unit = Simd::sum(check) * 0.f + most * (1.f / steps);
 }
 
-/// x[r][block * 32 ..] of `rows` query rows and `blocks` blocks, which share the factors.
-template <int bits, int rows, int blocks>
-void key_blocks(const KvPacking& p, const DecodeChunk& chunk, int32_t block, const Ahead* ahead, const KeyFactors* k,
-                float* x) {
-  constexpr int vectors = 2 * blocks;
-  using Sums = KeySums<rows, blocks>;
+/// x[r][block * 32 ..] of up to `rows` query rows and one block.
+template <int bits, int rows>
+void key_block(const KvPacking& p, const DecodeChunk& chunk, int32_t block, const uint8_t* ahead, const KeyFactors* k,
+               float* x) {
   Factors f[rows];
   for (int r = 0; r < rows; ++r) f[r] = k[r].f;
-  Sums s;
+  KeySums<rows> s;
   x += block * kv_block;
   if (p.per_channel) {
-    Sums::clear(s);
-    add_channels<bits, rows, blocks>(s, chunk.key_codes + block, ahead, p.dim, 0, p.dim, f);
+    KeySums<rows>::clear(s);
+    add_channels<bits, rows>(s, chunk.key_codes[block], ahead, p.dim, 0, p.dim, f);
     for (int r = 0; r < rows; ++r) {
-      for (int v = 0; v < vectors; ++v) {
-        __m512 product = _mm512_cvtepi32_ps(Sums::total(s, r, v));
+      for (int v = 0; v < 2; ++v) {
+        __m512 product = _mm512_cvtepi32_ps(KeySums<rows>::total(s, r, v));
         Simd::store(x + r * chunk_tokens + 16 * v, Simd::fma(product, Simd::set(k[r].unit), Simd::set(k[r].bias)));
       }
     }
     return;
   }
-  __m512 sum[rows][vectors];
-  for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < vectors; ++v) sum[r][v] = Simd::zero();
-  }
+  __m512 sum[rows][2];
+  for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = Simd::zero();
   for (int32_t g = 0; g < p.groups_per_token(); ++g) {
     int32_t first = g * p.group_size, last = first + p.group_size < p.dim ? first + p.group_size : p.dim;
-    Sums::clear(s);
-    add_channels<bits, rows, blocks>(s, chunk.key_codes + block, ahead, p.dim, first, last, f);
-    for (int v = 0; v < vectors; ++v) {
-      int32_t at = g * kv_block + v % 2 * 16, of = block + v / 2;
-      __m512 scale = load_scales(chunk.key_scales[of] + at);
-      __m512 minimum = p.symmetric ? Simd::zero() : load_scales(chunk.key_minima[of] + at);
+    KeySums<rows>::clear(s);
+    add_channels<bits, rows>(s, chunk.key_codes[block], ahead, p.dim, first, last, f);
+    for (int v = 0; v < 2; ++v) {
+      __m512 scale = load_scales(chunk.key_scales[block] + g * kv_block + 16 * v);
+      __m512 minimum = p.symmetric ? Simd::zero() : load_scales(chunk.key_minima[block] + g * kv_block + 16 * v);
       for (int r = 0; r < rows; ++r) {
-        __m512i total = Sums::total(s, r, v);
+        __m512i total = KeySums<rows>::total(s, r, v);
         if (p.symmetric) total = _mm512_sub_epi32(total, _mm512_set1_epi32(k[r].isums[g] * (1 << (bits - 1))));
         __m512 product = Simd::mul(_mm512_cvtepi32_ps(total), Simd::set(k[r].unit));
         sum[r][v] = Simd::fma(product, scale, Simd::fma(Simd::set(k[r].sums[g]), minimum, sum[r][v]));
@@ -265,11 +235,11 @@ void key_blocks(const KvPacking& p, const DecodeChunk& chunk, int32_t block, con
     }
   }
   for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < vectors; ++v) Simd::store(x + r * chunk_tokens + 16 * v, sum[r][v]);
+    for (int v = 0; v < 2; ++v) Simd::store(x + r * chunk_tokens + 16 * v, sum[r][v]);
   }
 }
 
-/// What the products keep beside Workspace: factors of row_batch query rows, and of the weights of one row.
+/// What the products keep beside Workspace: factors of keys, factors of weights, and rows of the query in bf16.
 struct VnniScratch {
   static int64_t key_floats(const DecodeAttention& p) { return 2 * row_batch * (p.head_dim / 4 + 16); }
   static int64_t floats(const DecodeAttention& p) {
@@ -277,8 +247,8 @@ struct VnniScratch {
   }
 };
 
-/// Factors of row_batch rows, or of one row and each group of a chunk. `split`: they are the query's own (keys per token)
-/// and stay from chunk to chunk.
+/// Factors of one row and each group of a chunk (keys per channel), or of row_batch rows. `split`: they are the query's
+/// own (keys per token) and stay from chunk to chunk.
 struct KeyState {
   static_assert(row_batch >= chunk_blocks, "a group is a block at least");
   KeyFactors factors[row_batch];
@@ -301,45 +271,45 @@ void prefetch_key_scales(const KvPacking& p, const DecodeChunk* next, int32_t bl
   if (next->key_minima[block]) prefetch_bytes(next->key_minima[block] + at, bytes);
 }
 
+/// next: the chunk behind this one where it is quantized, too.
 template <int bits>
 void vnni_scores(const DecodeSplit& split, const DecodeChunk& chunk, const DecodeChunk* next, KeyState& state,
                  const Workspace& w) {
   const KvPacking& packing = split.problem->cache->key;
+  int32_t group_blocks = packing.per_channel ? packing.group_size / kv_block : chunk_blocks;
+  bool one = packing.per_channel && split.rows == 1;
   KeyFactors* factors = state.factors;
   for (int32_t first = 0; first < split.rows; first += row_batch) {
     int32_t rows = split.rows - first < row_batch ? split.rows - first : row_batch;
     const float* query = split.query + int64_t(first) * packing.dim;
+    auto fold = [&](int32_t block, int32_t r, KeyFactors& k) {
+      fold_channel_scales(packing, query + int64_t(r) * packing.dim, chunk.key_scales[block], chunk.key_minima[block],
+                          k);
+    };
     if (!packing.per_channel && !state.split) {
       for (int32_t r = 0; r < rows; ++r) split_query(packing, query + int64_t(r) * packing.dim, factors[r]);
       state.split = split.rows <= row_batch;
     }
-    // One row: the groups of the chunk are folded one after the other, as a processor does two at the same time.
-    int32_t group_blocks = packing.per_channel ? packing.group_size / kv_block : chunk_blocks;
-    for (int32_t block = 0; packing.per_channel && rows == 1 && block * kv_block < chunk.count; block += group_blocks) {
-      fold_channel_scales(packing, query, chunk.key_scales[block], chunk.key_minima[block],
-                          factors[block / group_blocks]);
+    // One row: the groups of the chunk one after the other, as a processor folds two at the same time.
+    for (int32_t block = 0; one && block * kv_block < chunk.count; block += group_blocks) {
+      fold(block, 0, factors[block / group_blocks]);
     }
-    for (int32_t block = 0, taken; block * kv_block < chunk.count; block += taken) {
-      // Two blocks of one group share the broadcasts of its factors.
-      bool two = rows == 1 && (block + 1) * kv_block < chunk.count && group_blocks > 1;
-      taken = two ? 2 : 1;
-      Ahead ahead[2];
-      for (int i = 0; i < taken && first == 0; ++i) {
-        ahead[i] = ahead_of(chunk.key_codes, next ? next->key_codes : nullptr, block + i, bits);
-        prefetch_key_scales(packing, next, block + i);
+    for (int32_t block = 0; block * kv_block < chunk.count; ++block) {
+      if (packing.per_channel && !one && block % group_blocks == 0) {
+        for (int32_t r = 0; r < rows; ++r) fold(block, r, factors[r]);
       }
-      for (int32_t r = 0; r < rows && packing.per_channel && rows > 1 && block % group_blocks == 0; ++r) {
-        fold_channel_scales(packing, query + int64_t(r) * packing.dim, chunk.key_scales[block],
-                            chunk.key_minima[block], factors[r]);
+      const uint8_t* ahead = nullptr;
+      if (first == 0) {
+        ahead = block_ahead(chunk.key_codes, next ? next->key_codes : nullptr, block, bits);
+        prefetch_key_scales(packing, next, block);
       }
-      const KeyFactors* k = factors + (rows == 1 ? block / group_blocks : 0);
+      const KeyFactors* k = one ? factors + block / group_blocks : factors;
       float* x = w.x + int64_t(first) * chunk_tokens;
-      switch (two ? 0 : rows) {
-        case 0: key_blocks<bits, 1, 2>(packing, chunk, block, ahead, k, x); break;
-        case 1: key_blocks<bits, 1, 1>(packing, chunk, block, ahead, k, x); break;
-        case 2: key_blocks<bits, 2, 1>(packing, chunk, block, ahead, k, x); break;
-        case 3: key_blocks<bits, 3, 1>(packing, chunk, block, ahead, k, x); break;
-        default: key_blocks<bits, 4, 1>(packing, chunk, block, ahead, k, x); break;
+      switch (rows) {
+        case 1: key_block<bits, 1>(packing, chunk, block, ahead, k, x); break;
+        case 2: key_block<bits, 2>(packing, chunk, block, ahead, k, x); break;
+        case 3: key_block<bits, 3>(packing, chunk, block, ahead, k, x); break;
+        default: key_block<bits, 4>(packing, chunk, block, ahead, k, x); break;
       }
     }
   }
@@ -386,8 +356,7 @@ void value_columns(const KvPacking& p, const DecodeChunk& chunk, const uint8_t* 
   k += channel / p.group_size;
   for (int32_t block = 0; block * kv_block < chunk.count; ++block) {
     const auto* words = reinterpret_cast<const uint32_t*>(chunk.value_codes[block]) + channel;
-    Ahead ahead;
-    if (asks) ahead = ahead_of(chunk.value_codes, next, block, bits);
+    const uint8_t* ahead = asks ? block_ahead(chunk.value_codes, next, block, bits) : nullptr;
 #pragma GCC unroll 2
     for (int row = 0; row < low_bits; ++row) {
       int32_t token = block * kv_block + row * fields * 4;
@@ -403,8 +372,8 @@ void value_columns(const KvPacking& p, const DecodeChunk& chunk, const uint8_t* 
         for (int v = g * of_group; v < (g + 1) * of_group; ++v) {
           __m512i low = load_codes(reinterpret_cast<const uint8_t*>(words + row * p.dim + 16 * v)), high = low;
           if (bits == 3) high = load_codes(reinterpret_cast<const uint8_t*>(words + 2 * p.dim + 16 * v));
-          Ahead::ask(ahead, (row * p.dim + channel + 16 * v) * 4);
-          if (bits == 3 && row == 0) Ahead::ask(ahead, (2 * p.dim + channel + 16 * v) * 4);
+          ask(ahead, (row * p.dim + channel + 16 * v) * 4);
+          if (bits == 3 && row == 0) ask(ahead, (2 * p.dim + channel + 16 * v) * 4);
 #pragma GCC unroll 4
           for (int j = 0; j < fields; ++j) {
             __m512i codes = bits == 3 ? field_3(low, j, high, 4 * (row % 2) + j) : field<low_bits>(low, j);

@@ -216,7 +216,7 @@ inline void quantize_group(const KvPacking& p, const float* x, int32_t count, in
     *scale = round_scale(largest / top);
     shift = float(1 << (p.bits - 1));
   } else {
-    *minimum = float_to_half(low);
+    *minimum = float_to_half(low + 0.f);  // no -0, which would depend on the order of a group
     base = half_to_float(*minimum);
     *scale = round_scale((high - low) / levels);
   }

@@ -14,6 +14,7 @@ struct CudaMatmul {
   Status (*product)(const BlockSparseProduct& product, const CudaContext& context);
   /// The same of sampled products; null: it has none.
   const char* (*refuses_sddmm)(const BlockSddmm& sddmm, const CudaContext& context);
+  size_t (*workspace_sddmm)(const BlockSddmm& sddmm, const CudaContext& context);
   Status (*sddmm)(const BlockSddmm& sddmm, const CudaContext& context);
 };
 

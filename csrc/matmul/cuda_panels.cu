@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
     const Extent extent = extent_of(list);
     for (int64_t entry = extent.begin + lane; entry < extent.end; entry += 32) {
       const int64_t neighbour = neighbour_of(entry, extent.end);
-      if (neighbour >= 0) atomicAdd(&histogram[list * windows + int(neighbour * call.inner_size / kPanelWindow)], 1);
+      if (neighbour >= 0) atomicAdd(&histogram[list * windows + int(neighbour * call.inner_size / panels.window)], 1);
     }
   }
   __syncthreads();
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t from = extent.begin; from < extent.end; from += 32) {
       const int64_t entry = from + lane, neighbour = neighbour_of(entry, extent.end);
       const int inner = neighbour < 0 ? 0 : int(neighbour * call.inner_size);
-      const int window = neighbour < 0 ? -1 : inner / kPanelWindow;
+      const int window = neighbour < 0 ? -1 : inner / panels.window;
       const unsigned same = __match_any_sync(kAllLanes, window);
       const int rank = __popc(same & ((1u << lane) - 1));
       int before = 0;
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads)
       __syncwarp();
       if (window >= 0) {
         const int64_t to = base + begins[window] + before + rank;
-        const int column = inner % kPanelWindow / call.inner_size;
+        const int column = inner % panels.window / call.inner_size;
         if (to < nnz) {
           panels.entries[to] = {int32_t(transposed ? index_at(call.place, entry) : entry), list | column << 8};
         }
@@ -119,13 +119,14 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-Panels panels_of(const ProductCall& call) {
+Panels panels_of(const ProductCall& call, int window, int slots) {
   Panels panels;
   panels.lists = kPanelFeatures / call.list_size;
-  panels.slots = panels.lists * (kPanelWindow / call.inner_size);
+  panels.slots = slots;
+  panels.window = window;
   panels.panels = (call.lists + panels.lists - 1) / panels.lists;
-  panels.windows = (call.inner + kPanelWindow - 1) / kPanelWindow;
-  panels.most_steps = panels.panels * (panels.windows + 1) + call.pattern.nnz / panels.slots + 1;
+  panels.windows = (call.inner + window - 1) / window;
+  panels.most_steps = panels.panels * (panels.windows + 1) + call.pattern.nnz / slots + 1;
   return panels;
 }
 

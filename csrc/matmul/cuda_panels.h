@@ -14,7 +14,7 @@ namespace sparsekit::cuda {
 
 struct ProductCall;
 
-constexpr int kPanelFeatures = 256, kPanelWindow = 64;
+constexpr int kPanelFeatures = 256;
 
 struct PanelEntry {
   int32_t place;  // in values
@@ -28,7 +28,7 @@ struct PanelStep {
 };
 
 struct Panels {
-  int lists = 0, slots = 0;
+  int lists = 0, slots = 0, window = 0;
   int64_t panels = 0, windows = 0;
   int64_t most_steps = 0;         // of all panels
   PanelEntry* entries = nullptr;  // [nnz]
@@ -36,8 +36,8 @@ struct Panels {
   int32_t* counts = nullptr;      // [panels]
 };
 
-/// Sizes only.
-Panels panels_of(const ProductCall& call);
+/// Sizes only; `window` is a multiple of call.inner_size.
+Panels panels_of(const ProductCall& call, int window, int slots);
 size_t panels_bytes(const Panels& panels, int64_t nnz);
 int panels_shared_bytes(const Panels& panels);
 

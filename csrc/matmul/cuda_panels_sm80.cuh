@@ -18,6 +18,7 @@
 
 namespace sparsekit::cuda {
 
+constexpr int kPanelWindow = 64;
 constexpr int kPanelTokens = 128, kPanelThreads = 256, kPanelStages = 3, kPanelRing = 4;
 constexpr int kPanelBytesX = kPanelTokens * 128, kPanelBytesW = kPanelFeatures * 128;
 constexpr int kPanelStageBytes = kPanelBytesX + kPanelBytesW;
@@ -224,6 +225,11 @@ __global__ void __launch_bounds__(kPanelThreads, 1)
   store_tile<Element, kPanelTokens, kPanelFeatures, kPanelThreads>(call.out, reinterpret_cast<const float*>(shared),
                                                                    token, feature, tokens,
                                                                    int(min(int64_t(kPanelFeatures), left)));
+}
+
+/// All blocks of a window that there can be, unless some are listed twice.
+inline Panels panels_of_product(const ProductCall& call) {
+  return panels_of(call, kPanelWindow, kPanelFeatures / call.list_size * (kPanelWindow / call.inner_size));
 }
 
 using PanelKernel = void (*)(ProductCall, Panels);

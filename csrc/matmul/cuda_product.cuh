@@ -18,6 +18,7 @@ struct ProductCall {
   int list_size, inner_size;  // of a block: features, contraction
   int parts;                  // tiles of BN in list_size
   int64_t token_tiles;
+  bool tf32;
 };
 
 /// Which CTAs run at the same time: GROUP token tiles, which share x in L2, go through all lists together.
@@ -52,6 +53,7 @@ inline ProductCall product_call(const BlockSparseProduct& p) {
   call.inner_size = p.transposed ? w.block_rows : w.block_cols;
   call.parts = 1;
   call.token_tiles = 1;
+  call.tf32 = p.tf32;
   return call;
 }
 

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) product_kernel(const __grid
     copy_async_commit();
     fill_table(step + STAGES);
     const uint32_t stage = base + uint32_t(step % STAGES * Tile::kStageBytes);
-    multiply_step<Element, XT, BM, WT, BN, MT, NT>(sums, stage, stage + BM * 128, m, n, lane);
+    multiply_step<Element, XT, BM, WT, BN, MT, NT>(sums, stage, stage + BM * 128, m, n, lane, call.tf32);
     if (step % 8 == 7) sums.fold();
   }
   sums.fold();

@@ -5,9 +5,11 @@
 // warpgroups that multiply, into the next tile while they write this one. The step that an index out of range would be
 // is loaded from outside of both tensors: zeros.
 //
-// Output: where y is plain (features contiguous, no bias, activation, factor) the sums are rounded, transposed by
-// stmatrix and stored by TMA, 64 features x 32 tokens at a time. Else 16 tokens at a time go through shared memory as
-// fp32, in a loop that is not unrolled: activations are long.
+// Output: where features are contiguous and aligned the sums are finished in registers (bias, activation), rounded,
+// transposed by stmatrix and stored by TMA, 64 features x 32 tokens at a time. With a gate, act(x G^T) is computed
+// first and kept in 64 registers, rounded, while x W^T is computed for the same tile: nothing of it goes to memory.
+// What is left (a factor, tokens contiguous): 16 tokens at a time go through shared memory as fp32, in a loop that is
+// not unrolled: activations are long.
 //
 // Bound: tensor cores for blocks of 128 from about a third dense on; L2 -> shared memory (7.5 TB/s) for blocks of 64;
 // writing y (and reading x) at 5 %.
@@ -21,11 +23,44 @@
 namespace sparsekit::cuda {
 
 struct ProductCall90 {
-  CUtensorMap x, w, y;
-  ProductCall call;
-  int64_t tiles;
-  bool plain;  // y has a map
+  CUtensorMap x, w, y, gate_w;
+  ProductCall call, gate;  // the gate: W's call with the gate's weight
+  int32_t tiles;
+  bool plain;  // y has a map, and there is no more to do than this kernel's mode does
 };
+
+/// What a kernel does with its sums. Bias and activation in registers cost code, so only x W^T has them.
+enum class Mode { any, finishing, gated };
+
+/// A tile, and where the lists of its features begin and end.
+struct Work {
+  int32_t token_tile, list, part;
+  Extent extent, gate;
+};
+/// As tile_at, in 32 bits; loads the extents.
+template <bool SPLIT, Mode MODE>
+__device__ __forceinline__ Work work_at(const ProductCall90& arguments, int32_t at) {
+  constexpr unsigned kGroup = SPLIT ? 8 : 4;
+  const ProductCall& call = arguments.call;
+  if (at >= arguments.tiles) return {0, 0, 0, {0, 0}, {0, 0}};
+  const unsigned feature_tiles = unsigned(call.lists) * unsigned(call.parts), per_group = feature_tiles * kGroup;
+  const unsigned group = unsigned(at) / per_group, within = unsigned(at) - group * per_group;
+  const unsigned size = min(kGroup, unsigned(call.token_tiles) - group * kGroup), feature_tile = within / size;
+  Work work;
+  work.token_tile = int32_t(group * kGroup + within - feature_tile * size);
+  work.list = int32_t(feature_tile / unsigned(call.parts));
+  work.part = int32_t(feature_tile - unsigned(work.list) * unsigned(call.parts));
+  work.extent = list_extent(call.offsets, work.list, call.pattern.nnz);
+  if constexpr (MODE == Mode::gated) {
+    work.gate = list_extent(arguments.gate.offsets, work.list, arguments.gate.pattern.nnz);
+  }
+  return work;
+}
+
+/// Steps of a list: one, of zeros, if it has no entries.
+__device__ __forceinline__ int64_t steps_of(const ProductCall& call, const Extent& extent) {
+  return max(extent.end - extent.begin, int64_t(1)) * (call.inner_size / 64);
+}
 
 /// Shared memory of the epilogue, of one warpgroup: whole tiles of 64 features x 32 tokens of 16 bits, or 16 tokens x
 /// 68 of fp32. Its address is a multiple of 1024.
@@ -52,64 +87,116 @@ __device__ __forceinline__ void tma_store_wait_read_but() {
   asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(PENDING) : "memory");
 }
 
-/// The warp that loads.
+/// 32 entries of a list, one a lane: where each stands in the contraction and in values; nowhere: -1.
+struct Entries {
+  int32_t neighbour, place;
+};
+template <bool TA>
+__device__ __forceinline__ Entries read_entries(const ProductCall& call, const Extent& list, int64_t first) {
+  const int64_t at = first + int(threadIdx.x) % 32;
+  if (at >= list.end) return {-1, 0};
+  const int64_t neighbour = index_at(call.neighbour, at), place = TA ? index_at(call.place, at) : at;
+  const bool good = neighbour >= 0 && neighbour < call.neighbours && place >= 0 && place < call.pattern.nnz;
+  return {good ? int32_t(neighbour) : -1, int32_t(place)};
+}
+
+/// Loads the steps of one list; `entries` are its first 32.
 template <bool TA, bool TB, bool SPLIT>
-__device__ __forceinline__ void load_tiles(const ProductCall90& arguments, Pipeline<SPLIT> pipeline) {
-  const ProductCall& call = arguments.call;
-  const int lane = int(threadIdx.x) % 32;
-  const int parts_of_block = call.inner_size / 64, stored_rows = call.pattern.block_rows;
-  for (int64_t at = blockIdx.x; at < arguments.tiles; at += gridDim.x) {
-    const TileAt tile = tile_at<SPLIT ? 8 : 4>(call, at);
-    const Extent list = list_extent(call.offsets, tile.list, call.pattern.nnz);
-    const int32_t token = int32_t(tile.token_tile * Step<SPLIT>::kN), feature = tile.part * Step<SPLIT>::kM;
-    const int64_t end = max(list.end, list.begin + 1);  // a list without entries: one step of zeros
-    for (int64_t first = list.begin; first < end; first += 32) {
-      // 32 entries at a time, so that the next ones' indices do not wait for memory one by one.
-      int32_t neighbour_of = -1, place_of = 0;
-      if (first + lane < list.end) {
-        const int64_t neighbour = index_at(call.neighbour, first + lane);
-        const int64_t place = TA ? index_at(call.place, first + lane) : first + lane;
-        const bool good = neighbour >= 0 && neighbour < call.neighbours && place >= 0 && place < call.pattern.nnz;
-        if (good) neighbour_of = int32_t(neighbour), place_of = int32_t(place);
-      }
-      const int count = int(min(end - first, int64_t(32)));
-      for (int i = 0; i < count; ++i) {
-        const int32_t neighbour = __shfl_sync(0xffffffffu, neighbour_of, i);
-        const int32_t place = __shfl_sync(0xffffffffu, place_of, i);
-        for (int part = 0; part < parts_of_block; ++part) {
-          mbarrier_wait(pipeline.empty(), pipeline.ring.parity ^ 1);
-          if (elect_lane()) {
-            const bool good = neighbour >= 0;
-            const int32_t inner = neighbour * call.inner_size + part * 64;
-            const int32_t stored = good ? place * stored_rows : kNowhere;
-            const uint32_t a = pipeline.stage(), b = a + Step<SPLIT>::kBytesA, full = pipeline.full();
-            mbarrier_expect(full, Step<SPLIT>::kBytes);
-            if constexpr (TA) {
+__device__ __forceinline__ void load_list(const CUtensorMap& x, const CUtensorMap& w, const ProductCall& call,
+                                          const Extent& list, Entries entries, int32_t token, int32_t feature,
+                                          Pipeline<SPLIT>& pipeline) {
+  const int parts_of_block = call.inner_size / 64;
+  const int64_t end = max(list.end, list.begin + 1);
+  for (int64_t first = list.begin; first < end; first += 32) {
+    // 32 entries at a time, so that indices do not wait for memory one by one.
+    if (first != list.begin) entries = read_entries<TA>(call, list, first);
+    const int count = int(min(end - first, int64_t(32)));
+    for (int i = 0; i < count; ++i) {
+      const int32_t neighbour = __shfl_sync(0xffffffffu, entries.neighbour, i);
+      const int32_t place = __shfl_sync(0xffffffffu, entries.place, i);
+      for (int part = 0; part < parts_of_block; ++part) {
+        mbarrier_wait(pipeline.empty(), pipeline.ring.parity ^ 1);
+        if (elect_lane()) {
+          const bool good = neighbour >= 0;
+          const int32_t inner = good ? neighbour * call.inner_size + part * 64 : 0;
+          const int32_t stored = good ? place * call.pattern.block_rows : kNowhere;
+          const uint32_t a = pipeline.stage(), b = a + Step<SPLIT>::kBytesA, full = pipeline.full();
+          mbarrier_expect(full, Step<SPLIT>::kBytes);
+          if constexpr (TA) {
 #pragma unroll
-              for (int m = 0; m < Step<SPLIT>::kM; m += 64) {
-                tma_load(a + m * 128, &arguments.w, feature + m, stored + part * 64, 0, 0, full);
-              }
-            } else {
-              tma_load(a, &arguments.w, part * 64, stored + feature, 0, 0, full);
+            for (int m = 0; m < Step<SPLIT>::kM; m += 64) {
+              tma_load(a + m * 128, &w, feature + m, stored + part * 64, 0, 0, full);
             }
-            if constexpr (TB) {
-#pragma unroll
-              for (int n = 0; n < Step<SPLIT>::kN; n += 64) {
-                tma_load(b + n * 128, &arguments.x, token + n, good ? inner : kNowhere, 0, 0, full);
-              }
-            } else {
-#pragma unroll
-              for (int n = 0; n < Step<SPLIT>::kN; n += 256) {
-                tma_load(b + n * 128, &arguments.x, good ? inner : 0, good ? token + n : kNowhere, 0, 0, full);
-              }
-            }
-            mbarrier_arrive(full);
+          } else {
+            tma_load(a, &w, part * 64, stored + feature, 0, 0, full);
           }
-          __syncwarp();
-          pipeline.ring.advance();
+          if constexpr (TB) {
+#pragma unroll
+            for (int n = 0; n < Step<SPLIT>::kN; n += 64) {
+              tma_load(b + n * 128, &x, token + n, good ? inner : kNowhere, 0, 0, full);
+            }
+          } else {
+#pragma unroll
+            for (int n = 0; n < Step<SPLIT>::kN; n += 256) {
+              tma_load(b + n * 128, &x, inner, good ? token + n : kNowhere, 0, 0, full);
+            }
+          }
+          mbarrier_arrive(full);
         }
+        __syncwarp();
+        pipeline.ring.advance();
       }
     }
+  }
+}
+
+/// The warp that loads. Offsets are read two tiles ahead, the first entries of a list one, so that a list that is short
+/// does not wait for memory three times.
+template <bool TA, bool TB, bool SPLIT, Mode MODE>
+__device__ __forceinline__ void load_tiles(const ProductCall90& arguments, Pipeline<SPLIT> pipeline) {
+  const ProductCall &call = arguments.call, &gate = arguments.gate;
+  constexpr bool kGated = MODE == Mode::gated;
+  Work work = work_at<SPLIT, MODE>(arguments, int32_t(blockIdx.x));
+  Work next = work_at<SPLIT, MODE>(arguments, int32_t(blockIdx.x + gridDim.x));
+  Entries entries = read_entries<TA>(call, work.extent, work.extent.begin), gate_entries = {-1, 0};
+  if (kGated) gate_entries = read_entries<TA>(gate, work.gate, work.gate.begin);
+  for (int32_t at = int32_t(blockIdx.x); at < arguments.tiles; at += int32_t(gridDim.x)) {
+    const Work after = work_at<SPLIT, MODE>(arguments, at + 2 * int32_t(gridDim.x));
+    const Entries next_entries = read_entries<TA>(call, next.extent, next.extent.begin);
+    Entries next_gate_entries = {-1, 0};
+    if (kGated) next_gate_entries = read_entries<TA>(gate, next.gate, next.gate.begin);
+    const int32_t token = work.token_tile * Step<SPLIT>::kN, feature = work.part * Step<SPLIT>::kM;
+    if (kGated) {
+      load_list<TA, TB, SPLIT>(arguments.x, arguments.gate_w, gate, work.gate, gate_entries, token, feature, pipeline);
+    }
+    load_list<TA, TB, SPLIT>(arguments.x, arguments.w, call, work.extent, entries, token, feature, pipeline);
+    work = next, next = after, entries = next_entries, gate_entries = next_gate_entries;
+  }
+}
+
+/// d = activation(d + bias of its feature): `bias` of this thread's rows r = 0, 1.
+template <Activation ACTIVATION>
+__device__ __forceinline__ void finish_sums(float (&d)[kSums], float bias0, float bias1) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) d[i] = activate_fast<ACTIVATION>(d[i] + (i / 2 % 2 ? bias1 : bias0));
+}
+__device__ __forceinline__ void finish_sums(float (&d)[kSums], Activation activation, float bias0, float bias1) {
+  switch (activation) {
+    case Activation::relu: finish_sums<Activation::relu>(d, bias0, bias1); break;
+    case Activation::gelu: finish_sums<Activation::gelu>(d, bias0, bias1); break;
+    case Activation::gelu_tanh: finish_sums<Activation::gelu_tanh>(d, bias0, bias1); break;
+    case Activation::silu: finish_sums<Activation::silu>(d, bias0, bias1); break;
+    case Activation::none: finish_sums<Activation::none>(d, bias0, bias1); break;
+  }
+}
+
+/// Two numbers of 16 bits as fp32.
+template <class Element>
+__device__ __forceinline__ float2 unpack(uint32_t two) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    return {__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u)};
+  } else {
+    return __half22float2(*reinterpret_cast<const __half2*>(&two));
   }
 }
 
@@ -203,7 +290,7 @@ __device__ __forceinline__ void store_finished(const ProductCall90& arguments, c
   }
 }
 
-template <class Element, bool TA, bool TB, bool SPLIT>
+template <class Element, bool TA, bool TB, bool SPLIT, Mode MODE>
 __global__ void __launch_bounds__(kThreads90, 1) product_kernel_90(const __grid_constant__ ProductCall90 arguments) {
   extern __shared__ __align__(1024) char shared[];
   const uint32_t base = shared_address(shared);
@@ -216,45 +303,73 @@ __global__ void __launch_bounds__(kThreads90, 1) product_kernel_90(const __grid_
   const int group = int(threadIdx.x) / kGroupThreads;
   if (group == 2) {
     fewer_registers<40>();
-    if (threadIdx.x < 2 * kGroupThreads + 32) load_tiles<TA, TB, SPLIT>(arguments, pipeline);
+    if (threadIdx.x < 2 * kGroupThreads + 32) load_tiles<TA, TB, SPLIT, MODE>(arguments, pipeline);
     return;
   }
   more_registers<232>();
   const int staging = Step<SPLIT>::kRingBytes + group * Epilogue90<SPLIT>::kBytes;
-  const int parts_of_block = call.inner_size / 64;
   float d[kSums];
-  for (int64_t at = blockIdx.x; at < arguments.tiles; at += gridDim.x) {
-    const TileAt tile = tile_at<SPLIT ? 8 : 4>(call, at);
-    const Extent list = list_extent(call.offsets, tile.list, call.pattern.nnz);
-    multiply<Element, TA, TB, SPLIT>(d, pipeline, max(list.end - list.begin, int64_t(1)) * parts_of_block, group);
-    const int64_t token = tile.token_tile * Step<SPLIT>::kN + Step<SPLIT>::n_of(group);
-    const int64_t feature = tile.list * call.list_size + tile.part * Step<SPLIT>::kM + Step<SPLIT>::m_of(group);
+  Work work = work_at<SPLIT, MODE>(arguments, int32_t(blockIdx.x));
+  for (int32_t at = int32_t(blockIdx.x); at < arguments.tiles; at += int32_t(gridDim.x)) {
+    const Work next = work_at<SPLIT, MODE>(arguments, at + int32_t(gridDim.x));  // arrives during the products
+    [[maybe_unused]] uint32_t kept[MODE == Mode::gated ? kSums / 2 : 1];
+    if constexpr (MODE == Mode::gated) {
+      multiply<Element, TA, TB, SPLIT>(d, pipeline, steps_of(arguments.gate, work.gate), group);
+      finish_sums(d, call.out.activation, 0.f, 0.f);
+#pragma unroll
+      for (int i = 0; i < kSums / 2; ++i) kept[i] = pack<Element>(d[2 * i], d[2 * i + 1]);
+    }
+    multiply<Element, TA, TB, SPLIT>(d, pipeline, steps_of(call, work.extent), group);
+    const int64_t token = int64_t(work.token_tile) * Step<SPLIT>::kN + Step<SPLIT>::n_of(group);
+    const int64_t feature =
+        int64_t(work.list) * call.list_size + work.part * Step<SPLIT>::kM + Step<SPLIT>::m_of(group);
+    work = next;
     if (feature >= call.out.features) continue;
-    if (arguments.plain) {
+    if constexpr (MODE == Mode::gated) {
+#pragma unroll
+      for (int i = 0; i < kSums / 2; ++i) {
+        const float2 factor = unpack<Element>(kept[i]);
+        d[2 * i] *= factor.x, d[2 * i + 1] *= factor.y;
+      }
+    }
+    if constexpr (MODE == Mode::finishing) {
+      float bias[2] = {0.f, 0.f};
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int64_t of = feature + int(threadIdx.x) % kGroupThreads / 32 * 16 + int(threadIdx.x) % 32 / 4 + 8 * r;
+        if (call.out.bias && of < call.out.features) bias[r] = to_float(static_cast<const Element*>(call.out.bias)[of]);
+      }
+      finish_sums(d, call.out.activation, bias[0], bias[1]);
+    }
+    if (MODE != Mode::any || arguments.plain) {
       store_plain<Element, Epilogue90<SPLIT>::kBuffers>(arguments, d, base + staging, token, feature, group);
     } else {
       store_finished<Element>(arguments, d, reinterpret_cast<float*>(shared + staging), token, feature, group);
     }
   }
-  if (arguments.plain) tma_store_wait_read();
+  if (MODE != Mode::any || arguments.plain) tma_store_wait_read();
 }
 
-/// In cuda_product_sm90_<dtype>.cu: a kernel, its shared memory.
+/// In cuda_product_sm90_<dtype>.cu: a kernel, its shared memory. Modes other than `any` are of x W^T alone.
 struct ProductKernel90 {
   void (*kernel)(ProductCall90);
   int shared_bytes;
 };
-ProductKernel90 product_kernel_90_bf16(bool ta, bool tb, bool split);
-ProductKernel90 product_kernel_90_f16(bool ta, bool tb, bool split);
+ProductKernel90 product_kernel_90_bf16(bool ta, bool tb, bool split, Mode mode);
+ProductKernel90 product_kernel_90_f16(bool ta, bool tb, bool split, Mode mode);
 
 template <class Element>
-ProductKernel90 product_kernel_90_of(bool ta, bool tb, bool split) {
+ProductKernel90 product_kernel_90_of(bool ta, bool tb, bool split, Mode mode) {
   auto of = [&](auto s) -> ProductKernel90 {
     constexpr bool S = decltype(s)::value;
     constexpr int kBytes = kProductBytes90<S>;
-    if (ta)
-      return {tb ? product_kernel_90<Element, true, true, S> : product_kernel_90<Element, true, false, S>, kBytes};
-    return {tb ? product_kernel_90<Element, false, true, S> : product_kernel_90<Element, false, false, S>, kBytes};
+    if (mode == Mode::finishing) return {product_kernel_90<Element, false, false, S, Mode::finishing>, kBytes};
+    if (mode == Mode::gated) return {product_kernel_90<Element, false, false, S, Mode::gated>, kBytes};
+    constexpr Mode kAny = Mode::any;
+    if (ta && tb) return {product_kernel_90<Element, true, true, S, kAny>, kBytes};
+    if (ta) return {product_kernel_90<Element, true, false, S, kAny>, kBytes};
+    if (tb) return {product_kernel_90<Element, false, true, S, kAny>, kBytes};
+    return {product_kernel_90<Element, false, false, S, kAny>, kBytes};
   };
   return split ? of(std::true_type()) : of(std::false_type());
 }

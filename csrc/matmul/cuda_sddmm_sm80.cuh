@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) sddmm_kernel(const __grid_c
     if (step + STAGES - 1 < steps) load(step + STAGES - 1);
     copy_async_commit();
     const uint32_t stage = base + uint32_t(step % STAGES * Tile::kStageBytes);
-    multiply_step<Element, AT, BM, BT, BN, MT, NT>(sums, stage, stage + BM * 128, m, n, lane);
+    multiply_step<Element, AT, BM, BT, BN, MT, NT>(sums, stage, stage + BM * 128, m, n, lane, call.tf32);
     if (step % 8 == 7) sums.fold();
   }
   sums.fold();

@@ -1,11 +1,11 @@
 // The host side of the mma.sync kernels, and their entry in the table of implementations: which kernel, and the launch.
 #include <algorithm>
-#include <cstdlib>
 
 #include "common/cuda/launch.h"
 #include "matmul/cuda_implementations.h"
 #include "matmul/cuda_panels_sm80.cuh"
 #include "matmul/cuda_product_sm80.cuh"
+#include "matmul/cuda_sddmm_panels_sm80.cuh"
 #include "matmul/cuda_sddmm_sm80.cuh"
 
 namespace sparsekit {
@@ -22,6 +22,7 @@ const char* refuses_pattern(const BlockSparsePattern& p, DType dtype) {
 }
 
 const char* refuses(const BlockSparseProduct& p, const CudaContext&) {
+  if (p.gate) return "a gate is not in this implementation";
   if (p.scales) return "int8 weights run on the CPU only; supported: float32, float16, bfloat16";
   return refuses_pattern(p.pattern, p.dtype);
 }
@@ -34,14 +35,21 @@ bool aligned(const BlockSparseProduct& p) {
          address(p.input.data) % 16 == 0 && (p.input.feature != 1 ? p.input.feature : p.input.token) % chunk == 0;
 }
 
-/// Whether block rows share x (cuda_panels_sm80.cuh): small blocks, enough tokens for the merging of lists to pay and
-/// for a tile on every other multiprocessor.
+/// Whether at least one of `of` blocks is stored.
+bool denser_than_one_in(int64_t of, const BlockSparsePattern& w) {
+  return w.nnz * of >= w.row_blocks() * w.col_blocks();
+}
+
+/// Whether block rows share x (cuda_panels_sm80.cuh): small blocks, enough of them to share it (H200, TFLOP/s in panels
+/// and by themselves: 16 x 16 at 5 / 20 / 50 % 22, 50, 70 and 24, 42, 49; 32 x 32: 33, 74, 118 and 49, 86, 100), enough
+/// tokens for the merging of lists to pay and for a tile on every other multiprocessor.
 bool takes_panels(const BlockSparseProduct& p, const CudaContext& context) {
   auto small = [](int size) { return size == 16 || size == 32; };
   if (p.dtype == DType::f32 || p.input.feature != 1 || !aligned(p)) return false;
   if (!small(p.pattern.block_rows) || !small(p.pattern.block_cols) || p.pattern.nnz > INT32_MAX) return false;
-  if (getenv("SPARSEKIT_NO_PANELS")) return false;  // EXPERIMENT
-  const Panels panels = panels_of(product_call(p));
+  const ProductCall call = product_call(p);
+  if (!denser_than_one_in(call.list_size == 16 ? 10 : 3, p.pattern)) return false;
+  const Panels panels = panels_of_product(call);
   SharedMemory card;
   if (!shared_memory_of_device(&card).ok() || card.per_block < kPanelSharedBytes + 4096) return false;
   const int64_t tiles = (p.tokens + kPanelTokens - 1) / kPanelTokens * panels.panels;
@@ -50,12 +58,12 @@ bool takes_panels(const BlockSparseProduct& p, const CudaContext& context) {
 }
 
 size_t workspace(const BlockSparseProduct& p, const CudaContext& context) {
-  return takes_panels(p, context) ? panels_bytes(panels_of(product_call(p)), p.pattern.nnz) : 0;
+  return takes_panels(p, context) ? panels_bytes(panels_of_product(product_call(p)), p.pattern.nnz) : 0;
 }
 
 Status product_of_panels(const BlockSparseProduct& p, const CudaContext& context) {
   ProductCall call = product_call(p);
-  Panels panels = panels_of(call);
+  Panels panels = panels_of_product(call);
   if (context.workspace_bytes < panels_bytes(panels, p.pattern.nnz)) {
     return error(Status::Kind::invalid_argument, "workspace is %zu bytes; needed: %zu", context.workspace_bytes,
                  panels_bytes(panels, p.pattern.nnz));
@@ -116,7 +124,55 @@ Status product(const BlockSparseProduct& p, const CudaContext& context) {
   return status_of(cudaGetLastError(), "launching the block-sparse product");
 }
 
+ProductCall call_of(const BlockSddmm& s) {
+  BlockSparseProduct product;
+  product.pattern = s.pattern;
+  product.dtype = s.dtype;
+  return product_call(product);
+}
+
+Panels panels_of_sddmm(const BlockSddmm& s) { return panels_of(call_of(s), kSampledWindow, kSampledSlots); }
+
+/// Whether blocks of many rows and columns share a and b (cuda_sddmm_panels_sm80.cuh): blocks of 16, enough of them in
+/// 256 rows x 512 columns (below a tenth, loading both for few blocks costs more than it shares), and a loop that is
+/// long enough for the merging of lists to pay. At 20 % 70 TFLOP/s on an H200, block rows by themselves 58.
+bool takes_panels(const BlockSddmm& s) {
+  const BlockSparsePattern& w = s.pattern;
+  if (s.dtype == DType::f32 || w.block_rows != 16 || w.block_cols != 16 || w.nnz > INT32_MAX) return false;
+  if (s.a_row != 1 || s.b_col != 1 || s.a_inner % 8 || s.b_inner % 8 || s.inner < 256) return false;
+  if ((address(s.a) | address(s.b)) % 16 || address(s.values) % 4) return false;
+  SharedMemory card;
+  if (!shared_memory_of_device(&card).ok() || card.per_block < kSampledSharedBytes + 4096) return false;
+  return denser_than_one_in(10, w) && panels_shared_bytes(panels_of_sddmm(s)) <= card.per_block - 1024;
+}
+
+size_t workspace_sddmm(const BlockSddmm& s, const CudaContext&) {
+  return takes_panels(s) ? panels_bytes(panels_of_sddmm(s), s.pattern.nnz) : 0;
+}
+
+Status sddmm_of_panels(const BlockSddmm& s, const CudaContext& context) {
+  const BlockSparsePattern& w = s.pattern;
+  Panels panels = panels_of_sddmm(s);
+  if (context.workspace_bytes < panels_bytes(panels, w.nnz)) {
+    return error(Status::Kind::invalid_argument, "workspace is %zu bytes; needed: %zu", context.workspace_bytes,
+                 panels_bytes(panels, w.nnz));
+  }
+  const cudaStream_t stream = static_cast<cudaStream_t>(context.stream);
+  // Blocks whose column is out of range are in no list.
+  cudaMemsetAsync(s.values, 0, size_t(w.nnz * w.block_rows * w.block_cols * size_of(s.dtype)), stream);
+  Status status = make_panels(&panels, call_of(s), context.workspace, context.stream);
+  if (!status.ok()) return status;
+  if (panels.most_steps > INT32_MAX) return error(Status::Kind::unsupported, "block_sddmm: more than 2^31 - 1 tiles");
+  const SampledKernel kernel = sampled_kernel_of(s.dtype);
+  const cudaError_t code = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                cudaFuncAttributeMaxDynamicSharedMemorySize, kSampledSharedBytes);
+  if (code != cudaSuccess) return status_of(code, "setting block_sddmm's shared memory");
+  kernel<<<unsigned(panels.most_steps), kSampledThreads, kSampledSharedBytes, stream>>>(s, panels);
+  return status_of(cudaGetLastError(), "launching block_sddmm");
+}
+
 Status sddmm(const BlockSddmm& s, const CudaContext& context) {
+  if (takes_panels(s)) return sddmm_of_panels(s, context);
   const BlockSparsePattern& w = s.pattern;
   const int chunk = int(16 / size_of(s.dtype));
   SddmmChoice choice;
@@ -145,6 +201,6 @@ Status sddmm(const BlockSddmm& s, const CudaContext& context) {
 
 }  // namespace
 
-const CudaMatmul matmul_cuda_sm80 = {"sm80", refuses, workspace, product, refuses_sddmm, sddmm};
+const CudaMatmul matmul_cuda_sm80 = {"sm80", refuses, workspace, product, refuses_sddmm, workspace_sddmm, sddmm};
 
 }  // namespace sparsekit

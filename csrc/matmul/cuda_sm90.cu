@@ -39,6 +39,18 @@ const char* refuses(const BlockSparseProduct& p, const CudaContext& context) {
   if (!aligned(p.values, 0) || !aligned(p.input.data, p.input.feature == 1 ? p.input.token : p.input.feature)) {
     return "input, values: supported are addresses and strides that are multiples of 16 bytes";
   }
+  const int64_t features = p.transposed ? w.cols : w.rows;
+  if ((p.tokens / 256 + 1) * (features / 64 + 1) >= INT32_MAX / 4) return "tokens: supported are below 2^29 tiles";
+  if (!p.gate) return nullptr;
+  const BlockSparsePattern& g = p.gate->pattern;
+  if (const char* reason = refuses_pattern(g, p.dtype, context)) return reason;
+  const Output out = output_of(p);
+  if (p.transposed || p.input.feature != 1 || p.bias || p.factor.data || !out.vectors || out.output.feature != 1) {
+    return "gate: supported is x W^T with contiguous, aligned rows, without bias and factor";
+  }
+  if (g.block_rows != w.block_rows || g.cols % g.block_cols || !aligned(p.gate->values, 0)) {
+    return "gate: supported are whole blocks with as many rows as W's";
+  }
   return nullptr;
 }
 
@@ -55,6 +67,7 @@ const char* refuses_sddmm(const BlockSddmm& s, const CudaContext& context) {
 }
 
 size_t workspace(const BlockSparseProduct&, const CudaContext&) { return 0; }
+size_t workspace_sddmm(const BlockSddmm&, const CudaContext&) { return 0; }
 
 /// A matrix of `rows` rows with `columns` contiguous columns, in boxes of 64 columns x `box_rows` rows.
 Status make_map(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int64_t stride, DType dtype,
@@ -85,11 +98,18 @@ Status product(const BlockSparseProduct& p, const CudaContext& context) {
   const int m = split ? Step<true>::kM : Step<false>::kM, n = split ? Step<true>::kN : Step<false>::kN;
   call.parts = call.list_size / m;
   call.token_tiles = (p.tokens + n - 1) / n;
-  arguments.tiles = call.token_tiles * call.lists * call.parts;
+  arguments.tiles = int32_t(call.token_tiles * call.lists * call.parts);
 
   const Output& out = call.out;
-  arguments.plain =
-      out.output.feature == 1 && out.vectors && !out.bias && !out.factor.data && out.activation == Activation::none;
+  const bool vectors = out.output.feature == 1 && out.vectors && !out.factor.data;
+  const bool finished = !out.bias && out.activation == Activation::none;
+  Mode mode = Mode::any;
+  if (p.gate) {
+    mode = Mode::gated;
+  } else if (vectors && !finished && !p.transposed && !tb) {
+    mode = Mode::finishing;
+  }
+  arguments.plain = vectors && (finished || mode != Mode::any);
   Status status =
       tb ? make_map(&arguments.x, p.input.data, call.inner, p.tokens, p.input.feature, p.dtype, 64, out.output.data)
          : make_map(&arguments.x, p.input.data, p.tokens, call.inner, p.input.token, p.dtype, 256, out.output.data);
@@ -101,10 +121,19 @@ Status product(const BlockSparseProduct& p, const CudaContext& context) {
     status =
         make_map(&arguments.y, out.output.data, p.tokens, out.features, out.output.token, p.dtype, 32, out.output.data);
   }
+  if (status.ok() && p.gate) {
+    BlockSparseProduct other = p;
+    other.pattern = p.gate->pattern;
+    other.values = p.gate->values;
+    arguments.gate = product_call(other);
+    const BlockSparsePattern& g = other.pattern;
+    status = make_map(&arguments.gate_w, other.values, g.nnz * g.block_rows, g.block_cols, g.block_cols, p.dtype, m,
+                      out.output.data);
+  }
   if (!status.ok()) return status;
   const unsigned ctas = unsigned(std::min<int64_t>(arguments.tiles, context.multiprocessors));
-  const ProductKernel90 kernel = p.dtype == DType::bf16 ? product_kernel_90_bf16(p.transposed, tb, split)
-                                                        : product_kernel_90_f16(p.transposed, tb, split);
+  const ProductKernel90 kernel = p.dtype == DType::bf16 ? product_kernel_90_bf16(p.transposed, tb, split, mode)
+                                                        : product_kernel_90_f16(p.transposed, tb, split, mode);
   return launch(kernel, arguments, dim3(ctas), context, "launching the block-sparse product");
 }
 
@@ -129,6 +158,6 @@ Status sddmm(const BlockSddmm& s, const CudaContext& context) {
 
 }  // namespace
 
-const CudaMatmul matmul_cuda_sm90 = {"sm90", refuses, workspace, product, refuses_sddmm, sddmm};
+const CudaMatmul matmul_cuda_sm90 = {"sm90", refuses, workspace, product, refuses_sddmm, workspace_sddmm, sddmm};
 
 }  // namespace sparsekit

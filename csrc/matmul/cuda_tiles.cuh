@@ -140,10 +140,11 @@ struct Sums {
   }
 };
 
-/// sums += A B of one step: the warp's rows of A from m on, its columns of B from n on.
+/// sums += A B of one step: the warp's rows of A from m on, its columns of B from n on. fp32 as three TF32 products, or
+/// one (`tf32`).
 template <class Element, bool TRANS_A, int SIZE_A, bool TRANS_B, int SIZE_B, int MT, int NT>
 __device__ __forceinline__ void multiply_step(Sums<Element, MT, NT>& sums, uint32_t tile_a, uint32_t tile_b, int m,
-                                              int n, int lane) {
+                                              int n, int lane, [[maybe_unused]] bool tf32) {
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair) {
     uint32_t a[MT][4], b[NT][4];
@@ -157,6 +158,19 @@ __device__ __forceinline__ void multiply_step(Sums<Element, MT, NT>& sums, uint3
 #pragma unroll
         for (int j = 0; j < 2 * NT; ++j)
           mma_m16n8k16<Element>(sums.total[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    } else if (tf32) {
+#pragma unroll
+      for (int i = 0; i < MT; ++i) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) a[i][r] = split_tf32(__uint_as_float(a[i][r])).big;
+      }
+#pragma unroll
+      for (int j = 0; j < 2 * NT; ++j) {
+        const uint32_t b0 = split_tf32(__uint_as_float(b[j / 2][j % 2 * 2])).big;
+        const uint32_t b1 = split_tf32(__uint_as_float(b[j / 2][j % 2 * 2 + 1])).big;
+#pragma unroll
+        for (int i = 0; i < MT; ++i) mma_m16n8k8_tf32(sums.recent[i][j], a[i], b0, b1);
+      }
     } else {
       Tf32Pair pa[MT][4];
 #pragma unroll

@@ -1,6 +1,4 @@
 // Which CUDA implementation runs: the first of the table that does not refuse the problem on this card.
-#include <cstdlib>
-
 #include "matmul/cuda_implementations.h"
 
 namespace sparsekit {
@@ -12,16 +10,12 @@ constexpr const CudaMatmul* table[] = {
     &matmul_cuda_sm80,
 };
 
-bool off(const CudaMatmul& entry) { return getenv("SPARSEKIT_NO_SM90") && &entry == &matmul_cuda_sm90; }  // EXPERIMENT
-
 constexpr const char* kTooOld = "needs a GPU of compute capability 8.0 (Ampere) or newer";
 
 const char* refuses(const CudaMatmul& entry, const BlockSparseProduct& p, const CudaContext& context) {
-  if (off(entry)) return "off";
   return context.compute_capability < 80 ? kTooOld : entry.refuses(p, context);
 }
 const char* refuses(const CudaMatmul& entry, const BlockSddmm& s, const CudaContext& context) {
-  if (off(entry)) return "off";
   if (context.compute_capability < 80) return kTooOld;
   return entry.sddmm ? entry.refuses_sddmm(s, context) : "sampled products are not in this implementation";
 }
@@ -49,6 +43,11 @@ MatmulPlan block_sparse_plan(const BlockSparseProduct& arguments, const CudaCont
   return plan;
 }
 
+bool block_sparse_product_takes(const BlockSparseProduct& arguments, const CudaContext& context) {
+  const CudaMatmul* chosen = nullptr;
+  return choose(arguments, context, &chosen).ok();
+}
+
 size_t block_sparse_product_workspace(const BlockSparseProduct& arguments, const CudaContext& context) {
   const CudaMatmul* chosen = nullptr;
   return choose(arguments, context, &chosen).ok() ? chosen->workspace(arguments, context) : 0;
@@ -60,6 +59,11 @@ Status block_sparse_product(const BlockSparseProduct& arguments, const CudaConte
   if (!status.ok()) return status;
   const int64_t features = arguments.transposed ? arguments.pattern.cols : arguments.pattern.rows;
   return arguments.tokens == 0 || features == 0 ? status : chosen->product(arguments, context);
+}
+
+size_t block_sddmm_workspace(const BlockSddmm& arguments, const CudaContext& context) {
+  const CudaMatmul* chosen = nullptr;
+  return choose(arguments, context, &chosen).ok() ? chosen->workspace_sddmm(arguments, context) : 0;
 }
 
 Status block_sddmm(const BlockSddmm& arguments, const CudaContext& context) {

@@ -150,7 +150,4 @@ NB_MODULE(_numpy, m) {
       },
       nb::arg("dtype"), nb::arg("threads"),
       "FLOP/s of multiply-adds on registers: the most that the vector units of `threads` cores deliver.");
-  m.def("read_bandwidth", &read_bandwidth, nb::arg("bytes"), nb::arg("threads"),
-        nb::call_guard<nb::gil_scoped_release>(),
-        "Bytes/s that `threads` threads read of a buffer of `bytes`, each its own part from front to back.");
 }

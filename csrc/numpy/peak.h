@@ -1,4 +1,4 @@
-// What this machine does at best, as the benchmarks' yardstick: its vector units' multiply-adds, its memory's reads.
+// What this machine does at best, as the benchmarks' yardstick: its vector units' multiply-adds.
 #pragma once
 
 #include "sparsekit/types.h"
@@ -9,10 +9,5 @@ namespace sparsekit {
 /// for bf16 AMX tiles where offered, else the faster of vdpbf16ps and FMA; else FMA on the widest registers (fp16 is
 /// computed in fp32). 0 off x86-64.
 double multiply_add_peak(DType dtype, int threads);
-
-/// Bytes/s that `threads` threads read of a buffer of `bytes`, each its own part from front to back, best of a dozen
-/// runs. For what main memory delivers the buffer must be several times the last-level cache. Its pages are ordinary
-/// ones, as those of tensors are.
-double read_bandwidth(int64_t bytes, int threads);
 
 }  // namespace sparsekit

@@ -1,17 +1,23 @@
-// Block lists on the GPU: from a boolean map, and transposed (seen from the keys). No host sync, graph-capturable.
+// Block lists seen from the keys, on the GPU. No host sync, graph-capturable.
 //
-// The transpose is a stable counting sort of the forward slots by key block. Each list head's rows are cut into
-// `chunks`;
-//   count   one histogram over the key blocks per chunk (atomics on counts only: the result does not depend on order)
+// A stable counting sort of the forward slots by key block: slots of one key block ascend, bit for bit the same on
+// every run. Each list head's rows are cut into `chunks`;
+//   count   one histogram over the key blocks per chunk
 //   scan    per key block over the chunks, then over the key blocks: where each (chunk, key block) begins
-//   place   one warp per chunk walks its slots in order, 32 at a time; lanes with the same key rank by __match_any_sync
-// so slots of one key block ascend, bit for bit the same on every run.
-// Bound: reads every list entry twice and writes it once; the chunk count is chosen so that the histograms stay within
-// a few times the list itself (64K tokens, block 64, 16 heads, 10 %: 1.7M entries, 7 MB).
+//   place   every slot behind those of its key block in the chunk's earlier rows
+//
+// Chunks of 32 rows, one CTA each: a word per key block in shared memory says which of the rows list it, so that a
+// slot's place is a population count, and all rows are placed at once. A row that lists a block twice (the caller's
+// error) shows when the words are made; that chunk is then placed in order by one warp. Lists that are too short for so
+// many histograms, or with more than 12,288 key blocks, have larger chunks, of one warp each, which walks its slots in
+// order, 32 at a time; lanes with the same key rank by __match_any_sync.
+//
+// Bound: reads every list entry twice and writes it once; 1,024 x 1,024 blocks, 32 heads, 10 %: 3.4M entries, 47 MB.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
+#include "selection/cuda_launch.cuh"
 #include "sparsekit/selection.h"
 
 namespace sparsekit {
@@ -19,14 +25,11 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int64_t kMostWords = 12288;  // key blocks: 8 bytes each make 96 KB of shared memory, which every card grants
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Status launched(const char* what) {
-  cudaError_t code = cudaGetLastError();
-  if (code == cudaSuccess) return {};
-  return error(Status::Kind::failed, "%s: %s", what, cudaGetErrorString(code));
-}
+using cuda::launched;
 
 // ---- transpose
 
@@ -36,6 +39,7 @@ struct TransposePlan {
   int64_t heads = 0;     // list heads of all batches
   int64_t k_blocks = 0;  // length of the transposed lists, an upper bound where packed
   int64_t chunks = 0, rows_per_chunk = 0;
+  bool by_words = false;          // chunks of 32 rows
   int64_t block_begin_words = 0;  // packed: words of the two prefix arrays
   const int32_t* cu_seqlens_q = nullptr;
   const int32_t* cu_seqlens_k = nullptr;
@@ -72,6 +76,8 @@ TransposePlan plan_transpose(const TransposeBlockLists& arguments, const CudaCon
   int64_t by_memory = std::max<int64_t>(8, 4 * entries / std::max<int64_t>(plan.k_blocks, 1));
   int64_t chunks = std::max<int64_t>(1, std::min({by_warps, by_memory, q_blocks}));
   plan.rows_per_chunk = ceil_div(q_blocks, chunks);
+  plan.by_words = plan.k_blocks <= kMostWords && plan.k_blocks <= 4 * kWarp * plan.slots_per_row;
+  if (plan.by_words) plan.rows_per_chunk = kWarp;
   plan.chunks = ceil_div(q_blocks, plan.rows_per_chunk);
 
   auto* words = static_cast<int32_t*>(context.workspace);
@@ -220,63 +226,103 @@ __global__ void __launch_bounds__(kScanThreads) transpose_scan_keys(TransposePla
   if (threadIdx.x == 0) offsets[plan.k_blocks] = before;
 }
 
+// Places one slot per lane behind what its key block has, lanes in order; `next` is this warp's alone.
+__device__ void place_in_order(int32_t* next, int32_t key, int32_t slot, int32_t* slots) {
+  const int lane = threadIdx.x % kWarp;
+  const unsigned same = __match_any_sync(kAllLanes, key);
+  const int leader = __ffs(same) - 1;
+  int32_t base = 0;
+  if (key >= 0 && lane == leader) base = atomicAdd(&next[key], __popc(same));
+  base = __shfl_sync(kAllLanes, base, leader);
+  if (key >= 0) slots[base + __popc(same & ((1u << lane) - 1))] = slot;
+}
+
 // grid (chunk groups, heads), one warp per chunk
 __global__ void transpose_place(TransposePlan plan) {
   int64_t head = blockIdx.y;
   int64_t chunk = int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   if (chunk >= plan.chunks) return;
-  int lane = threadIdx.x % kWarp;
-  unsigned lanes_before = (1u << lane) - 1;
   int32_t* next = plan.histogram + (head * plan.chunks + chunk) * plan.k_blocks;
   const int32_t* offsets = plan.offsets + head * (plan.k_blocks + 1);
+  for (int64_t key = threadIdx.x % kWarp; key < plan.k_blocks; key += kWarp) next[key] += offsets[key];
+  __syncwarp();
   int32_t* slots = plan.slots + head * plan.lists.q_blocks * plan.slots_per_row;
   int64_t end = min((chunk + 1) * plan.rows_per_chunk, plan.lists.q_blocks);
   for (int64_t m = chunk * plan.rows_per_chunk; m < end; ++m) {
-    walk_row(plan, head, m, [&](int32_t key, int32_t slot) {
-      unsigned same = __match_any_sync(kAllLanes, key);
-      int leader = __ffs(same) - 1;
-      int32_t base = 0;
-      if (key >= 0 && lane == leader) base = atomicAdd(&next[key], __popc(same));  // in order: this warp alone
-      base = __shfl_sync(kAllLanes, base, leader);
-      if (key >= 0) slots[offsets[key] + base + __popc(same & lanes_before)] = slot;
-    });
+    walk_row(plan, head, m, [&](int32_t key, int32_t slot) { place_in_order(next, key, slot, slots); });
   }
 }
 
-// ---- from a boolean map
+// ---- chunks of 32 rows
 
-// One warp per row, 4 columns per lane and step.
-__global__ void lists_from_bool(BlockListsFromBool arguments) {
-  int lane = threadIdx.x % kWarp;
-  int64_t row = int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-  if (row >= arguments.rows) return;
-  const auto* map = reinterpret_cast<const unsigned char*>(arguments.map) + row * arguments.columns;
-  int32_t* indices = arguments.indices + row * arguments.capacity;
-  bool words = (reinterpret_cast<uintptr_t>(map) & 3) == 0;
-  int64_t count = 0;
-  for (int64_t first = 0; first < arguments.columns; first += 4 * kWarp) {
-    int64_t column = first + 4 * lane;
-    unsigned four = 0;  // bit i: column + i is true
-    if (words && column + 4 <= arguments.columns) {
-      unsigned bytes = *reinterpret_cast<const unsigned*>(map + column);
-      for (int i = 0; i < 4; ++i) four |= unsigned((bytes >> (8 * i) & 0xff) != 0) << i;
-    } else {
-      for (int i = 0; i < 4; ++i) four |= unsigned(column + i < arguments.columns && map[column + i]) << i;
-    }
-    int own = __popc(four), before = own;
-    for (int step = 1; step < kWarp; step *= 2) {
-      int other = __shfl_up_sync(kAllLanes, before, step);
-      if (lane >= step) before += other;
-    }
-    int64_t at = count + before - own;
-    for (int i = 0; i < 4; ++i) {
-      if ((four >> i & 1) && at < arguments.capacity) indices[at++] = int32_t(column + i);
-    }
-    count += __shfl_sync(kAllLanes, before, kWarp - 1);
+constexpr int kWordThreads = 512;
+
+// In shared memory: words[key] bit r: row r of the chunk lists the key block. True where a row lists one twice.
+__device__ bool mark_rows(const TransposePlan& plan, int64_t head, int64_t chunk, uint32_t* words) {
+  for (int64_t key = threadIdx.x; key < plan.k_blocks; key += kWordThreads) words[key] = 0;
+  __syncthreads();
+  bool again = false;
+  for (int r = int(threadIdx.x) / kWarp; r < kWarp; r += kWordThreads / kWarp) {
+    const int64_t m = chunk * kWarp + r;
+    if (m >= plan.lists.q_blocks) break;
+    walk_row(plan, head, m, [&](int32_t key, int32_t) {
+      if (key >= 0) again |= atomicOr(&words[key], 1u << r) >> r & 1;
+    });
   }
-  count = min(count, arguments.capacity);
-  for (int64_t at = count + lane; at < arguments.capacity; at += kWarp) indices[at] = -1;
-  if (lane == 0) arguments.counts[row] = int32_t(count);
+  return __syncthreads_or(again);
+}
+
+// grid (chunks, heads)
+__global__ void __launch_bounds__(kWordThreads) transpose_count_words(TransposePlan plan) {
+  extern __shared__ __align__(128) unsigned char dynamic_shared[];
+  auto* words = reinterpret_cast<uint32_t*>(dynamic_shared);
+  const int64_t head = blockIdx.y, chunk = blockIdx.x;
+  int32_t* histogram = plan.histogram + (head * plan.chunks + chunk) * plan.k_blocks;
+  const bool again = mark_rows(plan, head, chunk, words);
+  if (again) {
+    for (int64_t key = threadIdx.x; key < plan.k_blocks; key += kWordThreads) words[key] = 0;
+    __syncthreads();
+    for (int64_t m = chunk * kWarp + threadIdx.x / kWarp; m < min((chunk + 1) * kWarp, plan.lists.q_blocks);
+         m += kWordThreads / kWarp) {
+      walk_row(plan, head, m, [&](int32_t key, int32_t) {
+        if (key >= 0) atomicAdd(&words[key], 1u);
+      });
+    }
+    __syncthreads();
+  }
+  for (int64_t key = threadIdx.x; key < plan.k_blocks; key += kWordThreads) {
+    histogram[key] = again ? int32_t(words[key]) : __popc(words[key]);
+  }
+}
+
+// grid (chunks, heads)
+__global__ void __launch_bounds__(kWordThreads) transpose_place_words(TransposePlan plan) {
+  extern __shared__ __align__(128) unsigned char dynamic_shared[];
+  auto* words = reinterpret_cast<uint32_t*>(dynamic_shared);
+  auto* begins = reinterpret_cast<int32_t*>(words + plan.k_blocks);
+  const int64_t head = blockIdx.y, chunk = blockIdx.x;
+  const int32_t* before = plan.histogram + (head * plan.chunks + chunk) * plan.k_blocks;
+  const int32_t* offsets = plan.offsets + head * (plan.k_blocks + 1);
+  const int64_t capacity = plan.lists.q_blocks * plan.slots_per_row;
+  int32_t* slots = plan.slots + head * capacity;
+  for (int64_t key = threadIdx.x; key < plan.k_blocks; key += kWordThreads) begins[key] = offsets[key] + before[key];
+  for (int64_t at = offsets[plan.k_blocks] + chunk * kWordThreads + threadIdx.x; at < capacity;
+       at += plan.chunks * kWordThreads) {
+    slots[at] = -1;
+  }
+  const bool again = mark_rows(plan, head, chunk, words);
+  if (again && threadIdx.x >= kWarp) return;
+  for (int r = int(threadIdx.x) / kWarp; r < kWarp; r += again ? 1 : kWordThreads / kWarp) {
+    const int64_t m = chunk * kWarp + r;
+    if (m >= plan.lists.q_blocks) break;
+    walk_row(plan, head, m, [&](int32_t key, int32_t slot) {
+      if (again) {
+        place_in_order(begins, key, slot, slots);
+      } else if (key >= 0) {
+        slots[begins[key] + __popc(words[key] & ((1u << r) - 1))] = slot;
+      }
+    });
+  }
 }
 
 }  // namespace
@@ -306,35 +352,31 @@ Status transpose_block_lists(const TransposeBlockLists& arguments, const CudaCon
   }
   if (plan.heads == 0) return {};
   auto heads = unsigned(plan.heads);
-  cudaMemsetAsync(plan.offsets, 0, size_t(plan.heads) * (plan.k_blocks + 1) * sizeof(int32_t), stream);
-  if (slots > 0) cudaMemsetAsync(plan.slots, 0xff, size_t(plan.heads) * slots * sizeof(int32_t), stream);
-  if (slots == 0 || plan.k_blocks == 0) return launched("transpose_block_lists");
-
-  cudaMemsetAsync(plan.histogram, 0, size_t(plan.heads) * plan.chunks * plan.k_blocks * sizeof(int32_t), stream);
-  if (plan.sequences > 0) sequence_begins<<<1, kWarp, 0, stream>>>(plan);
+  if (slots == 0 || plan.k_blocks == 0) {
+    cudaMemsetAsync(plan.offsets, 0, size_t(plan.heads) * (plan.k_blocks + 1) * sizeof(int32_t), stream);
+    if (slots > 0) cudaMemsetAsync(plan.slots, 0xff, size_t(plan.heads) * slots * sizeof(int32_t), stream);
+    return launched("transpose_block_lists");
+  }
+  if (plan.sequences > 0) cuda::launch(sequence_begins, 1, kWarp, 0, stream, plan);
   constexpr int threads = 128, warps = threads / kWarp;
-  auto row_groups = unsigned(std::min<int64_t>(ceil_div(plan.lists.q_blocks, warps), 1 << 20));
-  transpose_count<<<dim3(row_groups, heads), threads, 0, stream>>>(plan);
-  transpose_scan_chunks<<<dim3(unsigned(ceil_div(plan.k_blocks, threads)), heads), threads, 0, stream>>>(plan);
-  transpose_scan_keys<<<heads, kScanThreads, 0, stream>>>(plan);
-  transpose_place<<<dim3(unsigned(ceil_div(plan.chunks, warps)), heads), threads, 0, stream>>>(plan);
+  const dim3 key_grid(unsigned(ceil_div(plan.k_blocks, threads)), heads), chunk_grid(unsigned(plan.chunks), heads);
+  const size_t words = size_t(plan.k_blocks) * sizeof(uint32_t);
+  if (plan.by_words) {
+    cuda::launch(transpose_count_words, chunk_grid, kWordThreads, words, stream, plan);
+  } else {
+    cudaMemsetAsync(plan.slots, 0xff, size_t(plan.heads) * slots * sizeof(int32_t), stream);
+    cudaMemsetAsync(plan.histogram, 0, size_t(plan.heads) * plan.chunks * plan.k_blocks * sizeof(int32_t), stream);
+    auto row_groups = unsigned(std::min<int64_t>(ceil_div(plan.lists.q_blocks, warps), 1 << 20));
+    cuda::launch(transpose_count, dim3(row_groups, heads), threads, 0, stream, plan);
+  }
+  cuda::launch(transpose_scan_chunks, key_grid, threads, 0, stream, plan);
+  cuda::launch(transpose_scan_keys, heads, kScanThreads, 0, stream, plan);
+  if (plan.by_words) {
+    cuda::launch(transpose_place_words, chunk_grid, kWordThreads, 2 * words, stream, plan);
+  } else {
+    cuda::launch(transpose_place, dim3(unsigned(ceil_div(plan.chunks, warps)), heads), threads, 0, stream, plan);
+  }
   return launched("transpose_block_lists");
-}
-
-Status block_lists_from_bool(const BlockListsFromBool& arguments, const CudaContext& context) {
-  if (arguments.columns > INT32_MAX) {
-    return error(Status::Kind::unsupported, "block_lists_from_bool: block_map has %lld columns; indices are int32",
-                 (long long)arguments.columns);
-  }
-  if (arguments.rows == 0) return {};
-  constexpr int threads = 128, warps = threads / kWarp;
-  if (ceil_div(arguments.rows, warps) > INT32_MAX) {
-    return error(Status::Kind::unsupported, "block_lists_from_bool: block_map has %lld rows",
-                 (long long)arguments.rows);
-  }
-  lists_from_bool<<<unsigned(ceil_div(arguments.rows, warps)), threads, 0, static_cast<cudaStream_t>(context.stream)>>>(
-      arguments);
-  return launched("block_lists_from_bool");
 }
 
 }  // namespace sparsekit

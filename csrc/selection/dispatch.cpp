@@ -1,6 +1,5 @@
 // Checks the arguments of scores and choices and runs the first implementation of the table that the processor offers,
 // SPARSEKIT_ISA allows and that has the kernel. The last entry, the reference, has all.
-#include <climits>
 #include <cstdlib>
 
 #include "attention/sequences.h"
@@ -52,35 +51,17 @@ BlockLists no_blocks() {
 
 /// What every score needs of its problem; the lists are not looked at.
 Status check_problem(const AttentionProblem& problem) {
-  if (problem.heads_kv <= 0 ? problem.heads_q > 0 : problem.heads_q % problem.heads_kv != 0) {
-    return error(Kind::invalid_argument, "query has %lld heads and key %lld; supported: a multiple of key's heads",
-                 (long long)problem.heads_q, (long long)problem.heads_kv);
-  }
-  if (problem.head_dim <= 0)
-    return error(Kind::invalid_argument, "query: the head dimension is 0; supported: 1 and more");
+  Status status = check_heads(problem);
+  if (!status.ok()) return status;
   AttentionProblem lengths = problem;  // the packed batch alone
   lengths.lists = no_blocks();
   return attention_check_lists(lengths, /*duplicates=*/false);
 }
 
-Status check_blocks(const AttentionProblem& problem) {
-  if (problem.lists.block_q <= 0 || problem.lists.block_k <= 0) {
-    return error(Kind::invalid_argument, "block_size is (%d, %d); supported: positive sizes", problem.lists.block_q,
-                 problem.lists.block_k);
-  }
-  return {};
-}
-
-Status check_block_scores(const BlockScores& arguments) {
-  Status status = check_blocks(arguments);
-  if (status.ok()) status = check_problem(arguments);
-  if (!status.ok() || arguments.reduce != BlockReduce::antidiagonal) return status;
-  int32_t stride = arguments.stride;
-  if (stride <= 0 || arguments.lists.block_q % stride || arguments.lists.block_k % stride) {
-    return error(Kind::invalid_argument, "stride is %d; supported: a divisor of both block sizes, %d and %d", stride,
-                 arguments.lists.block_q, arguments.lists.block_k);
-  }
-  return {};
+/// A packed batch's lengths, too.
+Status check_all(const BlockScores& arguments) {
+  Status status = check_tiles(arguments);
+  return status.ok() ? check_problem(arguments) : status;
 }
 
 Status check_rows(const RowScores& arguments) {
@@ -109,13 +90,13 @@ Sequence* list_sequences(const AttentionProblem& problem, int64_t* count) {
 }
 
 Status block_scores(const BlockScores& arguments, const ParallelFor& parallel) {
-  Status status = check_block_scores(arguments);
+  Status status = check_all(arguments);
   if (!status.ok()) return status;
   return run(&CpuSelection::block_scores, arguments, arguments.dtype == DType::f64, parallel);
 }
 
 Status block_scores_backward(const BlockScoresBackward& arguments, const ParallelFor& parallel) {
-  Status status = check_block_scores(arguments);
+  Status status = check_all(arguments);
   if (!status.ok()) return status;
   return run(&CpuSelection::block_scores_backward, arguments, arguments.dtype == DType::f64, parallel);
 }
@@ -146,17 +127,8 @@ Status attention_block_map(const AttentionBlockMap& arguments, const ParallelFor
 }
 
 Status choose(const Choice& c, const ParallelFor& parallel) {
-  if (c.columns > INT32_MAX || c.width > INT32_MAX) {
-    return error(Kind::invalid_argument, "scores has rows of %lld, width is %lld; supported: less than 2^31",
-                 (long long)c.columns, (long long)c.width);
-  }
-  int64_t most = c.width < c.columns ? c.width : INT32_MAX;  // lists as wide as the rows hold whatever is asked for
-  if (c.sink < 0 || c.local < 0 || c.min_count < 0 || c.sink + c.local > most || c.min_count > most) {
-    return error(Kind::invalid_argument,
-                 "sink is %lld, local %lld, min_count %lld; supported: sink + local and min_count from 0 to the width "
-                 "of the lists, %lld (or any where that holds a whole row)",
-                 (long long)c.sink, (long long)c.local, (long long)c.min_count, (long long)c.width);
-  }
+  Status status = check_choice(c);
+  if (!status.ok()) return status;
   return run(&CpuSelection::choose, c, /*f64=*/false, parallel);
 }
 

@@ -14,6 +14,12 @@ constexpr float least_share = 1.17549435e-38f;
 /// instruction set: the members of SequenceWalk are inline, so that the linker would keep any one of their copies.
 Sequence* list_sequences(const AttentionProblem& problem, int64_t* count);
 
+// Checks that read no tensor (check.cpp): head counts and head_dim; block sizes; also the stride; bounds of a choice.
+Status check_heads(const AttentionProblem& problem);
+Status check_blocks(const AttentionProblem& problem);
+Status check_tiles(const BlockScores& arguments);
+Status check_choice(const Choice& arguments);
+
 struct CpuSelection {
   const char* name;  // the value of SPARSEKIT_ISA that forces it
   Status (*block_scores)(const BlockScores&, const ParallelFor&);

@@ -109,16 +109,20 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
   // ---- matmul: block-sparse weights in the tensors of torch.sparse_bsr (int32 or int64 indices)
   // transposed=False: input W^T, with `features` rows of W. True: input W, with `features` columns of W; the pattern
   // seen from its columns (transpose_block_sparse) is built where it is not given. activation: 0 none, 1 relu, 2 gelu,
-  // 3 gelu with tanh, 4 silu (an integer: the stable ABI's strings leak). scales [rows of W]: values are int8.
+  // 3 gelu with tanh, 4 silu (an integer: the stable ABI's strings leak). scales [rows of W]: values are int8. tf32:
+  // fp32 on CUDA may be rounded to TF32.
   m.def("block_sparse_linear(Tensor input, Tensor values, Tensor? bias, " WEIGHT ", int activation=0, " TRANSPOSE
-        ") -> Tensor");
-  m.def("block_sparse_mm(Tensor dense, Tensor values, " WEIGHT ", " TRANSPOSE ") -> Tensor");
-  m.def("block_sddmm(Tensor a, Tensor b, Tensor crow_indices, Tensor col_indices, int[2] block_size) -> Tensor");
+        ", bool tf32=False) -> Tensor");
+  m.def("block_sparse_mm(Tensor dense, Tensor values, " WEIGHT ", " TRANSPOSE ", bool tf32=False) -> Tensor");
+  m.def(
+      "block_sddmm(Tensor a, Tensor b, Tensor crow_indices, Tensor col_indices, int[2] block_size, bool tf32=False) -> "
+      "Tensor");
   m.def(
       "block_sparse_mlp(Tensor input, Tensor? gate_values, Tensor up_values, Tensor down_values, "
       "Tensor? gate_crow_indices, Tensor? gate_col_indices, Tensor up_crow_indices, Tensor up_col_indices, "
       "Tensor down_crow_indices, Tensor down_col_indices, SymInt hidden_features, SymInt features, int activation=4, "
-      "Tensor? gate_scales=None, Tensor? up_scales=None, Tensor? down_scales=None) -> Tensor");
+      "Tensor? gate_scales=None, Tensor? up_scales=None, Tensor? down_scales=None, "
+      "bool tf32=False) -> Tensor");
   m.def(
       "transpose_block_sparse(Tensor crow_indices, Tensor col_indices, SymInt col_blocks) -> "
       "(Tensor ccol_indices, Tensor row_indices, Tensor entries)");
@@ -171,4 +175,7 @@ STABLE_TORCH_LIBRARY(sparsekit, m) {
       "decode_attention_plain(Tensor query, Tensor key, Tensor value, Tensor lengths, Tensor? block_table, "
       "bool tokens_first, " DECODE);
   m.def("decode_plan_cpu(ScalarType dtype, int head_dim, int value_dim) -> str");
+  m.def(
+      "decode_plan_cuda(ScalarType dtype, int head_dim, int value_dim, int bits=4, int group_size=64, "
+      "bool per_channel=True) -> str");
 }

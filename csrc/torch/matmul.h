@@ -57,7 +57,7 @@ struct MatmulOps {
 
   static Tensor linear(Tensor input, Tensor values, OptionalTensor bias, Tensor crow_indices, Tensor col_indices,
                        int64_t features, bool transposed, int64_t activation, OptionalTensor scales,
-                       OptionalTensor ccol_indices, OptionalTensor row_indices, OptionalTensor entries) {
+                       OptionalTensor ccol_indices, OptionalTensor row_indices, OptionalTensor entries, bool tf32) {
     if (input.dim() < 1) fail("input has no dimension; supported: [..., features]");
     const int64_t inner = input.size(input.dim() - 1);
     BlockSparseTensors tensors;
@@ -65,6 +65,7 @@ struct MatmulOps {
                        scales, input);
     BlockSparseProduct product = start(&tensors, transposed, ccol_indices, row_indices, entries, input);
     product.activation = to_activation(activation);
+    product.tf32 = tf32;
     if (bias) product.bias = bias_of(&tensors, *bias, features, input);
     Tensor flat = tensors.keep(tokens_of(input, &product.tokens, &product.input.token, &product.input.feature));
     product.input.data = flat.data_ptr();
@@ -76,7 +77,7 @@ struct MatmulOps {
 
   static Tensor mm(Tensor dense, Tensor values, Tensor crow_indices, Tensor col_indices, int64_t features,
                    bool transposed, OptionalTensor scales, OptionalTensor ccol_indices, OptionalTensor row_indices,
-                   OptionalTensor entries) {
+                   OptionalTensor entries, bool tf32) {
     const int64_t dims = dense.dim();
     if (dims < 2) fail("dense has %lld dimensions; supported: 2 and more, [..., features, columns]", (long long)dims);
     const int64_t inner = dense.size(dims - 2), columns = dense.size(dims - 1);
@@ -84,6 +85,7 @@ struct MatmulOps {
     tensors.set_weight(values, crow_indices, col_indices, transposed ? inner : features, transposed ? features : inner,
                        scales, dense);
     BlockSparseProduct product = start(&tensors, transposed, ccol_indices, row_indices, entries, dense);
+    product.tf32 = tf32;
     std::vector<int64_t> sizes;
     int64_t batches = 1;
     for (int64_t d = 0; d < dims; ++d) {
@@ -105,7 +107,8 @@ struct MatmulOps {
     return output;
   }
 
-  static Tensor sddmm(Tensor a, Tensor b, Tensor crow_indices, Tensor col_indices, std::vector<int64_t> block_size) {
+  static Tensor sddmm(Tensor a, Tensor b, Tensor crow_indices, Tensor col_indices, std::vector<int64_t> block_size,
+                      bool tf32) {
     require_dims(a, 2, "a");
     require_dims(b, 2, "b");
     require_size(b, 0, a.size(1), "b");
@@ -119,6 +122,7 @@ struct MatmulOps {
     sddmm.pattern = tensors.pattern;
     sddmm.dtype = to_dtype(a.scalar_type(), "a");
     sddmm.inner = a.size(1);
+    sddmm.tf32 = tf32;
     sddmm.a = left.data_ptr();
     sddmm.b = right.data_ptr();
     sddmm.a_row = left.stride(0), sddmm.a_inner = left.stride(1);
@@ -133,7 +137,7 @@ struct MatmulOps {
                     OptionalTensor gate_crow_indices, OptionalTensor gate_col_indices, Tensor up_crow_indices,
                     Tensor up_col_indices, Tensor down_crow_indices, Tensor down_col_indices, int64_t hidden_features,
                     int64_t features, int64_t activation, OptionalTensor gate_scales, OptionalTensor up_scales,
-                    OptionalTensor down_scales) {
+                    OptionalTensor down_scales, bool tf32) {
     if (input.dim() < 1) fail("input has no dimension; supported: [..., features]");
     const int64_t inner = input.size(input.dim() - 1);
     const bool gated = gate_values.has_value();
@@ -155,11 +159,20 @@ struct MatmulOps {
     if (output.numel() == 0) return output;
     TokensView<void*> h = {hidden.data_ptr(), hidden_features, 1};
     TokensView<const void*> as_input = {hidden.data_ptr(), hidden_features, 1};
-    // The first product leaves its activation where the second finds it as its factor: two passes over `hidden`.
-    if (gated) run_part(gate, input, tokens, x, h, to_activation(activation), {});
-    run_part(up, input, tokens, x, h, gated ? Activation::none : to_activation(activation),
-             gated ? as_input : TokensView<const void*>{});
-    run_part(down, input, tokens, as_input, {output.data_ptr(), features, 1}, Activation::none, {});
+    const BlockSparseGate other = {gate.pattern, gate.values};
+    BlockSparseProduct both = part(up, input, tokens, x, h, to_activation(activation), {}, tf32);
+    both.gate = gated ? &other : nullptr;
+    if (!gated || (!gate.scales && fuses(both, input))) {
+      run_part(both, input);
+    } else {
+      // The first product leaves its activation where the second finds it as its factor: two passes over `hidden`.
+      run_part(part(gate, input, tokens, x, h, to_activation(activation), {}, tf32), input);
+      run_part(part(up, input, tokens, x, h, Activation::none, as_input, tf32), input);
+    }
+    BlockSparseProduct last =
+        part(down, input, tokens, as_input, {output.data_ptr(), features, 1}, Activation::none, {}, tf32);
+    last.follows = hidden.numel() > 0;
+    run_part(last, input);
     return output;
   }
 
@@ -198,9 +211,9 @@ struct MatmulOps {
     return product;
   }
 
-  static void run_part(const BlockSparseTensors& weight, const Tensor& input, int64_t tokens, TokensView<const void*> x,
-                       TokensView<void*> y, Activation activation, TokensView<const void*> factor) {
-    if (tokens == 0 || weight.pattern.rows == 0) return;
+  static BlockSparseProduct part(const BlockSparseTensors& weight, const Tensor& input, int64_t tokens,
+                                 TokensView<const void*> x, TokensView<void*> y, Activation activation,
+                                 TokensView<const void*> factor, bool tf32) {
     BlockSparseProduct product;
     product.pattern = weight.pattern;
     product.values = weight.values;
@@ -211,7 +224,24 @@ struct MatmulOps {
     product.output = y;
     product.activation = activation;
     product.factor = factor;
-    Backend::run(product, input);
+    product.tf32 = tf32;
+    return product;
+  }
+  static void run_part(const BlockSparseProduct& product, const Tensor& input) {
+    if (product.tokens > 0 && product.pattern.rows > 0) Backend::run(product, input);
+  }
+
+  /// Whether the backend has one pass for a product with a gate.
+  static bool fuses(const BlockSparseProduct& product, const Tensor& input) {
+    return fuses<Backend>(product, input, 0);
+  }
+  template <class B>
+  static auto fuses(const BlockSparseProduct& product, const Tensor& input, int) -> decltype(B::fuses(product, input)) {
+    return B::fuses(product, input);
+  }
+  template <class B>
+  static bool fuses(const BlockSparseProduct&, const Tensor&, long) {
+    return false;
   }
 
   static const void* bias_of(BlockSparseTensors* tensors, const Tensor& bias, int64_t features, const Tensor& input) {

@@ -12,9 +12,12 @@ struct MatmulCuda {
     CudaCall call(input);
     require(block_sparse_product(p, call.with_workspace(block_sparse_product_workspace(p, call.context))));
   }
+  static bool fuses(const BlockSparseProduct& p, const Tensor& input) {
+    return block_sparse_product_takes(p, CudaCall(input).context);
+  }
   static void run(const BlockSddmm& s, const Tensor& a) {
     CudaCall call(a);
-    require(block_sddmm(s, call.context));
+    require(block_sddmm(s, call.with_workspace(block_sddmm_workspace(s, call.context))));
   }
   static void run(const TransposeBlockSparse& t, const Tensor& indices) {
     CudaCall call(indices);

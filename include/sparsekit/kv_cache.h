@@ -33,6 +33,8 @@
 
 namespace sparsekit {
 
+struct CudaContext;  // sparsekit/attention.h
+
 constexpr int32_t kv_block = 32;  // tokens of one block of codes
 constexpr int32_t kv_fp8 = -8;    // as a number of bits: 8 bits, fp8 e4m3
 
@@ -193,5 +195,19 @@ struct DecodePlan {
   int count = 0;
 };
 DecodePlan decode_plan(const DecodeAttention& problem);
+
+/// The same on CUDA, on the context's stream, without a host sync. What tensors hold is not checked: lengths are
+/// clamped, tokens on pages out of range take no part; a head whose append does not fit, or has a page out of range,
+/// stays as it was; entries of `keep` that are out of range or not ascending are skipped. `workspace` of the context
+/// holds what *_workspace says. float64 is refused.
+Status kv_quantize(const KvQuantize& arguments, const CudaContext& context);
+Status kv_dequantize(const KvDequantize& arguments, const CudaContext& context);
+Status kv_append(const KvAppend& arguments, const CudaContext& context);
+Status kv_crop(const KvCrop& arguments, const CudaContext& context);
+Status kv_compact(const KvCompact& arguments, const CudaContext& context);
+Status decode_attention(const DecodeAttention& arguments, const CudaContext& context);
+size_t kv_compact_workspace(const KvCompact& arguments);
+size_t decode_attention_workspace(const DecodeAttention& arguments, const CudaContext& context);
+DecodePlan decode_plan(const DecodeAttention& problem, const CudaContext& context);
 
 }  // namespace sparsekit

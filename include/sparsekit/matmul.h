@@ -54,6 +54,12 @@ struct TokensView {
 
 enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu };
 
+/// The other half of a gated MLP, see BlockSparseProduct: a weight of the same shape.
+struct BlockSparseGate {
+  BlockSparsePattern pattern;
+  const void* values = nullptr;
+};
+
 /// y = factor * activation(x W^T + bias), or with `transposed` x W in place of x W^T.
 ///
 /// int8 weights (`scales` given): row n of W is scales[n] * values. Then x W^T rounds x per token to 8 bits: with
@@ -72,6 +78,14 @@ struct BlockSparseProduct {
   const void* bias = nullptr;     // [features of the output]
   Activation activation = Activation::none;
   TokensView<const void*> factor;  // as output, which it may be
+
+  bool tf32 = false;  // CUDA, fp32: one TF32 product in place of three that are accurate to fp32
+
+  // CUDA only. With a gate G: y = activation(x G^T) * (x W^T), the former rounded to the dtype; no bias, no factor.
+  const BlockSparseGate* gate = nullptr;
+  // The input comes from the product launched just before on the same stream, the weight from earlier: the kernel may
+  // begin to read the weight while that product ends.
+  bool follows = false;
 };
 
 /// values[p] = the block p of a b, a [rows, inner], b [inner, cols]: a sampled dense-dense product.
@@ -83,6 +97,7 @@ struct BlockSddmm {
   const void* b = nullptr;
   int64_t a_row = 0, a_inner = 0, b_inner = 0, b_col = 0;  // strides in elements; one of each pair is 1
   void* values = nullptr;                                  // [nnz, R, C]; 0 in padding
+  bool tf32 = false;                                       // as in BlockSparseProduct
 };
 
 /// Counting sort of the blocks by column. Outputs are int32 or int64, as `pattern.col`.
@@ -120,9 +135,12 @@ struct CudaContext;  // sparsekit/attention.h
 
 /// Bytes of scratch that a call wants in its context.
 size_t block_sparse_product_workspace(const BlockSparseProduct& arguments, const CudaContext& context);
+size_t block_sddmm_workspace(const BlockSddmm& arguments, const CudaContext& context);
 size_t transpose_block_sparse_workspace(const TransposeBlockSparse& arguments);
 
 Status block_sparse_product(const BlockSparseProduct& arguments, const CudaContext& context);
+/// Whether any implementation takes the product: a gate, else in two passes, is not taken by all.
+bool block_sparse_product_takes(const BlockSparseProduct& arguments, const CudaContext& context);
 Status block_sddmm(const BlockSddmm& arguments, const CudaContext& context);
 Status transpose_block_sparse(const TransposeBlockSparse& arguments, const CudaContext& context);
 MatmulPlan block_sparse_plan(const BlockSparseProduct& arguments, const CudaContext& context);

@@ -59,6 +59,7 @@ struct BlockScores : AttentionProblem {
       nullptr;  // [batch, heads_kv, k_blocks()]: packed numbered over all sequences, as in BlockTranspose
 };
 Status block_scores(const BlockScores& arguments, const ParallelFor& parallel);
+Status block_scores(const BlockScores& arguments, const CudaContext& context);
 
 /// Gradients of `scores`; that of a maximum goes to the first pair that has it.
 struct BlockScoresBackward : BlockScores {
@@ -66,6 +67,7 @@ struct BlockScoresBackward : BlockScores {
   OutputView grad_query, grad_key;
 };
 Status block_scores_backward(const BlockScoresBackward& arguments, const ParallelFor& parallel);
+Status block_scores_backward(const BlockScoresBackward& arguments, const CudaContext& context);
 
 /// Attention that probe rows (`query`, at `query_positions`) pay to each key and along each diagonal:
 ///   columns[j] = sum_i p_ij        diagonals[o] = sum over i of p_i,j with query_positions[i] - j = o >= 0
@@ -75,6 +77,7 @@ struct ColumnScores : AttentionProblem {
   void* diagonals = nullptr;  // [batch, heads_q, len_k]; packed: diagonal o of a sequence stands at its k_begin + o
 };
 Status column_scores(const ColumnScores& arguments, const ParallelFor& parallel);
+Status column_scores(const ColumnScores& arguments, const CudaContext& context);
 
 /// Attention that all rows, or those listed, pay to each key: the sum or the maximum over i of exp(score[i, j] -
 /// lse[i]).
@@ -86,6 +89,7 @@ struct RowScores : AttentionProblem {
   void* scores = nullptr;  // [batch, heads_q, len_k]
 };
 Status row_scores(const RowScores& arguments, const ParallelFor& parallel);
+Status row_scores(const RowScores& arguments, const CudaContext& context);
 
 /// The attention map exp(score[i, j] - lse[i]), summed or maximised over blocks (SeerAttention's training target):
 /// of all blocks [batch, heads_q, q_blocks, key_blocks]; or, with `listed`, of the slots of the lists, partial before
@@ -97,6 +101,7 @@ struct AttentionBlockMap : AttentionProblem {
   void* map = nullptr;
 };
 Status attention_block_map(const AttentionBlockMap& arguments, const ParallelFor& parallel);
+Status attention_block_map(const AttentionBlockMap& arguments, const CudaContext& context);
 
 // ---- choices
 
@@ -137,6 +142,7 @@ struct Choice {
   float* mass = nullptr;  // [heads, rows] or null: sum of the chosen scores (top_p: of their score * weight)
 };
 Status choose(const Choice& arguments, const ParallelFor& parallel);
+Status choose(const Choice& arguments, const CudaContext& context);
 
 // ---- builders
 
@@ -156,6 +162,7 @@ struct VerticalSlash {
   int32_t* column_indices = nullptr;  // [heads, q_blocks, vertical_count]
 };
 Status vertical_slash_lists(const VerticalSlash& arguments, const ParallelFor& parallel);
+Status vertical_slash_lists(const VerticalSlash& arguments, const CudaContext& context);
 
 /// Lists of `group` consecutive heads as one: what any of them lists, ascending, each once.
 struct UnionLists {
@@ -167,6 +174,7 @@ struct UnionLists {
   int32_t* indices = nullptr;                             // [heads, rows, capacity]
 };
 Status union_lists(const UnionLists& arguments, const ParallelFor& parallel);
+Status union_lists(const UnionLists& arguments, const CudaContext& context);
 
 /// inverse[order[i]] = i for every i with order[i] >= 0; -1 where nothing points. On the CPU a token named twice is an
 /// error.
@@ -176,6 +184,7 @@ struct InversePermutation {
   int32_t* inverse = nullptr;      // [lists, length]
 };
 Status inverse_permutation(const InversePermutation& arguments, const ParallelFor& parallel);
+Status inverse_permutation(const InversePermutation& arguments, const CudaContext& context);
 
 /// out[b, h, i] = input[b, h, order[b, h, i]]; zeros where that is -1.
 struct PermuteTokens {
@@ -188,5 +197,18 @@ struct PermuteTokens {
   int64_t order_batch = 0, order_heads = 1;  // stride; heads is a multiple of order_heads
 };
 Status permute_tokens(const PermuteTokens& arguments, const ParallelFor& parallel);
+Status permute_tokens(const PermuteTokens& arguments, const CudaContext& context);
+
+// ---- scratch
+
+/// Bytes of `context.workspace` that the call with the same arguments needs on CUDA; of those not named here none.
+/// They depend on sizes alone. Index tensors are not checked there: an entry out of range is passed over.
+size_t selection_workspace(const BlockScores& arguments, const CudaContext& context);
+size_t selection_workspace(const BlockScoresBackward& arguments, const CudaContext& context);
+size_t selection_workspace(const ColumnScores& arguments, const CudaContext& context);
+size_t selection_workspace(const RowScores& arguments, const CudaContext& context);
+size_t selection_workspace(const AttentionBlockMap& arguments, const CudaContext& context);
+size_t selection_workspace(const Choice& arguments, const CudaContext& context);
+size_t selection_workspace(const VerticalSlash& arguments, const CudaContext& context);
 
 }  // namespace sparsekit

@@ -3,7 +3,8 @@
     block_sparse_linear   x W^T (or x W), with bias and activation        block_sparse_mm    W x (or W^T x)
     block_sddmm           (a b) at the blocks of a pattern                block_sparse_mlp   (act(x gate^T) * x up^T) down^T
 
-A weight is a BlockSparseMatrix, an NMGMatrix or a torch.sparse_bsr tensor. Sums are fp32 (of int8: integers).
+A weight is a BlockSparseMatrix, an NMGMatrix or a torch.sparse_bsr tensor. Sums are fp32 (of int8: integers); float32 on a
+GPU is rounded to TF32 where torch.backends.cuda.matmul.allow_tf32 says so, else accurate to fp32.
 Torch's side of the ops (autograd, fake kernels, ...) is in _registrations/.
 """
 
@@ -49,7 +50,8 @@ def block_sparse_linear(
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument does not fit; the message names it, what was found and what is
-            supported. On the CPU an index out of range raises, naming the first.
+            supported. On the CPU an index out of range raises, naming the first; on CUDA it is skipped
+            (docs/matmul.md), and int8 weights and float64 are not taken.
 
     Sources: blocks of weights as in BLaST (arXiv 2507.03117); int8 4 x 1 blocks: Shen et al. (arXiv 2306.16601).
     """
@@ -63,7 +65,7 @@ def block_sparse_linear(
     features = matrix.shape[1 if transposed else 0]
     return _ops.block_sparse_linear(
         *(input, matrix.values, bias, matrix.crow_indices, matrix.col_indices, features),
-        *(transposed, number, matrix.scales, *transpose),
+        *(transposed, number, matrix.scales, *transpose, _tf32(input)),
     )
 
 
@@ -85,7 +87,7 @@ def block_sparse_mm(weight: Weight, dense: Tensor, *, transposed: bool = False) 
     features = matrix.shape[1 if transposed else 0]
     return _ops.block_sparse_mm(
         *(dense, matrix.values, matrix.crow_indices, matrix.col_indices, features, transposed),
-        *(matrix.scales, *transpose),
+        *(matrix.scales, *transpose, _tf32(dense)),
     )
 
 
@@ -106,7 +108,7 @@ def block_sddmm(a: Tensor, b: Tensor, pattern: Weight) -> Tensor:
             f"a, b: found shapes {tuple(a.shape)}, {tuple(b.shape)}, supported are [{matrix.shape[0]}, K], "
             f"[K, {matrix.shape[1]}] for a pattern of shape {tuple(matrix.shape)}"
         )
-    values = _ops.block_sddmm(a, b, matrix.crow_indices, matrix.col_indices, matrix.block_size)
+    values = _ops.block_sddmm(a, b, matrix.crow_indices, matrix.col_indices, matrix.block_size, _tf32(a))
     return values.view(pattern.values.shape) if isinstance(pattern, NMGMatrix) else values
 
 
@@ -116,7 +118,8 @@ def block_sparse_mlp(
     """(activation(x gate^T) * (x up^T)) down^T; without `gate`, activation(x up^T) down^T. A transformer's MLP.
 
     One op: activation and product are part of the first two products' epilogues, and the hidden tensor is written twice
-    and read twice. Where a gradient is wanted the parts run as ops of their own, whose results backward needs.
+    and read twice; on a GPU, with large blocks or few tokens, both are computed in one pass that writes it once. Where a
+    gradient is wanted the parts run as ops of their own, whose results backward needs.
 
     Args:
         x: `[..., features]`; gate, up: `(hidden, features)` or None, down: `(features out, hidden)`, as in
@@ -144,7 +147,7 @@ def block_sparse_mlp(
         values.append(None if matrix is None else matrix.values)
         indices += [None, None] if matrix is None else [matrix.crow_indices, matrix.col_indices]
         scales.append(None if matrix is None else matrix.scales)
-    return _ops.block_sparse_mlp(x, *values, *indices, hidden, down_matrix.shape[0], number, *scales)
+    return _ops.block_sparse_mlp(x, *values, *indices, hidden, down_matrix.shape[0], number, *scales, _tf32(x))
 
 
 def as_matrix(weight: Weight) -> BlockSparseMatrix:
@@ -175,6 +178,11 @@ def _torch_activation(name: str | None, x: Tensor) -> Tensor:
     if number in (2, 3):
         return F.gelu(x, approximate="tanh" if number == 3 else "none")
     return F.silu(x) if number == 4 else x
+
+
+def _tf32(tensor: Tensor) -> bool:
+    """Whether torch's own products of float32 on a GPU may round to TF32."""
+    return tensor.is_cuda and tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
 
 
 def _any_grad(*tensors: Tensor | None) -> bool:

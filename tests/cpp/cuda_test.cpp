@@ -13,6 +13,8 @@
 #include <cstring>
 #include <list>
 
+#include "attention/cuda_sequences.h"
+#include "attention/sequences.h"
 #include "problem.h"
 #include "sparsekit/selection.h"
 
@@ -96,6 +98,7 @@ AttentionForward on_device(Device& device, Problem& problem) {
   p.sinks = device.copy(problem.sinks);
   p.query_positions = device.copy(problem.q_positions);
   p.key_positions = device.copy(problem.k_positions);
+  if (p.packed()) p.cu_seqlens_q = device.copy(problem.cu_q), p.cu_seqlens_k = device.copy(problem.cu_k);
   p.out = output_on(device, problem.out);
   p.lse = static_cast<float*>(device.allocate(problem.lse.size() * sizeof(float)));
   return p;
@@ -464,6 +467,68 @@ TEST(sm90_h_strides) {
   CHECK(worst < tolerance(shape.dtype), "permuted: %g", worst);
 }
 
+/// Packed batches: sequences that end inside a block, that have no rows or no keys; behind the first one's keys come a
+/// stranger's, which are NaN.
+TEST(sm90_j_packed) {
+  if (!hopper()) return;
+  unsigned seed = 2800;
+  for (auto [block_q, block_k] : {std::pair{128, 128}, {128, 64}, {64, 64}, {64, 128}}) {
+    for (int rest = 0; rest < 4; ++rest) {
+      Shape shape = sm90_shape(rest % 2 ? DType::bf16 : DType::f16, rest < 2 ? 64 : 128, block_q, block_k);
+      shape.batch = shape.heads_q = 1;
+      shape.lens_q = {block_q + 30, 0, 5, 40}, shape.lens_k = {block_k + 17, 40, 0, 2 * block_k - 1};
+      shape.causal = rest == 1, shape.bits = rest == 2, shape.positions = rest == 3;
+      shape.window_left = rest == 3 ? 90 : -1, shape.key_bias = shape.sinks = rest == 1;
+      Random random(seed);
+      Problem problem(shape, random);
+      for (int64_t j = block_k + 17; j < block_k + 17 + 40; ++j) {
+        for (int64_t d = 0; d < shape.head_dim; ++d)
+          problem.key.set(0, 0, j, d, NAN), problem.value.set(0, 0, j, d, NAN);
+      }
+      check_sm90(problem, seed++, "packed");
+    }
+  }
+}
+
+/// Against the walk over sequences on the CPU, with more sequences than the kernel has threads; then cu_seqlens that
+/// fall, are negative or pass the end.
+TEST(cuda_list_row_extents) {
+  Random random(7);
+  for (int sequences : {1, 3, 1024, 2500}) {
+    for (bool bad : {false, true}) {
+      std::vector<int32_t> cu_q = {0}, cu_k = {0};
+      for (int s = 0; s < sequences; ++s) {
+        cu_q.push_back(cu_q.back() + int32_t(s % 100 == 7 ? 400 : random() % 3));
+        cu_k.push_back(cu_k.back() + int32_t(random() % 200));
+      }
+      AttentionProblem p;
+      p.batch = 1, p.len_q = cu_q.back(), p.len_k = cu_k.back(), p.sequences = sequences, p.lists.block_q = 64;
+      if (bad) {
+        for (size_t i = 0; i < cu_q.size(); i += 5)
+          cu_q[i] = i % 2 ? -100 : INT32_MAX, cu_k[i] = i % 3 ? INT32_MIN : 1 << 30;
+      }
+      p.cu_seqlens_q = cu_q.data(), p.cu_seqlens_k = cu_k.data();
+      std::vector<int4> expected;
+      for (SequenceWalk walk(p); walk.valid(); walk.next()) {
+        const Sequence& s = walk.current;
+        for (int64_t row = s.q_begin; row < s.q_end; row += 64) {
+          expected.push_back({int(row), int(s.q_end), int(s.k_begin), int(s.k_end)});
+        }
+      }
+      expected.insert(expected.end(), 3, int4{0, 0, 0, 0});
+      p.lists.q_blocks = int64_t(expected.size());
+      Device device;
+      p.cu_seqlens_q = device.copy(cu_q), p.cu_seqlens_k = device.copy(cu_k);
+      auto* extents = static_cast<int4*>(device.allocate(expected.size() * sizeof(int4)));
+      auto* starts = static_cast<int32_t*>(device.allocate(size_t(sequences + 1) * sizeof(int32_t)));
+      CHECK_OK(cuda::list_row_extents(p, extents, starts, nullptr));
+      const std::vector<int4> found = device.back(extents, expected.size());
+      CHECK(!std::memcmp(found.data(), expected.data(), expected.size() * sizeof(int4)), "%d sequences, %s", sequences,
+            bad ? "bad" : "good");
+    }
+  }
+}
+
 TEST(sm90_i_what_it_refuses) {
   Device device;
   device.context.compute_capability = 90;
@@ -476,6 +541,10 @@ TEST(sm90_i_what_it_refuses) {
   };
   CHECK(!reason(p), "%s", reason(p));
   CHECK(reason(p, Direction::backward), "backward");
+  const int32_t cu_seqlens[] = {0, 100, 256};
+  AttentionProblem packed = p;
+  packed.cu_seqlens_q = packed.cu_seqlens_k = cu_seqlens, packed.sequences = 2;
+  CHECK(!reason(packed), "%s", reason(packed));
   AttentionProblem q = p;
   q.dtype = DType::f32;
   CHECK(reason(q), "float32");

@@ -59,6 +59,12 @@ const Features& features() {
   return once;
 }
 
+/// Of a level that is not offered.
+const char* why_not(Isa isa) {
+  const char* amx_refusal = isa == Isa::amx ? features().amx_refusal : nullptr;
+  return amx_refusal ? amx_refusal : "this processor does not offer it";
+}
+
 }  // namespace
 
 const char* isa_name(Isa isa) { return names[int(isa)]; }
@@ -74,7 +80,7 @@ const char* isa_limit(Isa* limit, bool* forced) {
     if (std::strcmp(wanted, names[i]) != 0) continue;
     if (!isa_offered(Isa(i))) {
       thread_local char text[128];
-      std::snprintf(text, sizeof text, "SPARSEKIT_ISA=%s: this processor does not offer it", names[i]);
+      std::snprintf(text, sizeof text, "SPARSEKIT_ISA=%s: %s", names[i], why_not(Isa(i)));
       return text;
     }
     *limit = Isa(i);
@@ -88,8 +94,7 @@ const char* isa_refuses(Isa isa) {
   Isa limit;
   bool forced;
   if (const char* problem = isa_limit(&limit, &forced)) return problem;
-  const char* amx_refusal = isa == Isa::amx ? features().amx_refusal : nullptr;
-  if (!isa_offered(isa)) return amx_refusal ? amx_refusal : "this processor does not offer it";
+  if (!isa_offered(isa)) return why_not(isa);
   if (isa > limit) return "SPARSEKIT_ISA asks for a lower one";
   const bool this_one = forced && isa == limit;
 #ifdef SPARSEKIT_AMX_EMULATION

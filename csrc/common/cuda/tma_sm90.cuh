@@ -23,6 +23,13 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, in
       : "memory");
 }
 
+/// Fetches the box into the L2 cache.
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int column, int row, int head, int batch) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];\n" ::"l"(map), "r"(column),
+               "r"(row), "r"(head), "r"(batch)
+               : "memory");
+}
+
 /// Starts a copy of the box from shared memory to the tensor; what lies outside the tensor is not written. Shared
 /// memory that threads wrote needs fence_async_proxy in each of them and a barrier first.
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t from, int column, int row, int head,

@@ -29,7 +29,7 @@ def _(dense, values, crow_indices, col_indices, features, *options, **named):
 
 
 @register_fake("sparsekit::block_sddmm")
-def _(a, b, crow_indices, col_indices, block_size):
+def _(a, b, crow_indices, col_indices, block_size, tf32=False):
     return a.new_empty((col_indices.shape[0], *block_size))
 
 
@@ -94,6 +94,7 @@ def _refuse_int8(given: dict, transposed: bool) -> None:
 
 _PATTERN = ("crow_indices", "col_indices")
 _TRANSPOSE = ("ccol_indices", "row_indices", "entries")
+_NO_SCALES = (None,) * 4  # nor a transpose
 _LINEAR = argument_names(_ops.block_sparse_linear)
 _linear_setup, _linear_restore = _save(_ops.block_sparse_linear)
 _mm_setup, _mm_restore = _save(_ops.block_sparse_mm)
@@ -111,11 +112,12 @@ def _linear_formula(ctx, grad):
     if wanted["input"]:
         grads["input"] = _ops.block_sparse_linear(
             *(grad, values, None, *(given[name] for name in _PATTERN), input.shape[-1]),
-            *(not transposed, 0, given["scales"], *(given[name] for name in _TRANSPOSE)),
+            *(not transposed, 0, given["scales"], *(given[name] for name in _TRANSPOSE), given["tf32"]),
         )
     if wanted["values"]:
         a, b = (rows, grad_rows) if transposed else (grad_rows, rows)
-        grads["values"] = _ops.block_sddmm(a.t(), b, *(given[name] for name in _PATTERN), values.shape[1:])
+        pattern = (given[name] for name in _PATTERN)
+        grads["values"] = _ops.block_sddmm(a.t(), b, *pattern, values.shape[1:], given["tf32"])
     if wanted["bias"]:
         grads["bias"] = grad_rows.sum(0)
     return tuple(grads.get(name) for name in passed)
@@ -132,13 +134,14 @@ def _mm_formula(ctx, grad):
     if wanted["dense"]:
         grads["dense"] = _ops.block_sparse_mm(
             *(grad, values, *(given[name] for name in _PATTERN), dense.shape[-2]),
-            *(not transposed, given["scales"], *(given[name] for name in _TRANSPOSE)),
+            *(not transposed, given["scales"], *(given[name] for name in _TRANSPOSE), given["tf32"]),
         )
     if wanted["values"]:
         # Batches are more columns of one product.
         columns, grad_columns = (x.movedim(-2, 0).reshape(x.shape[-2], -1) for x in (dense, grad))
         a, b = (columns, grad_columns) if transposed else (grad_columns, columns)
-        grads["values"] = _ops.block_sddmm(a, b.t(), *(given[name] for name in _PATTERN), values.shape[1:])
+        pattern = (given[name] for name in _PATTERN)
+        grads["values"] = _ops.block_sddmm(a, b.t(), *pattern, values.shape[1:], given["tf32"])
     return tuple(grads.get(name) for name in passed)
 
 
@@ -147,6 +150,7 @@ register_autograd("sparsekit::block_sparse_mm", _mm_formula, setup_context=_mm_s
 
 def _sddmm_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4])
+    ctx.tf32 = inputs[5]
 
 
 def _sddmm_formula(ctx, grad):
@@ -154,10 +158,10 @@ def _sddmm_formula(ctx, grad):
     grad_a = grad_b = None
     grad = grad.contiguous()
     if ctx.needs_input_grad[0]:  # G b^T
-        grad_a = _ops.block_sparse_mm(b.t(), grad, *pattern, a.shape[0])
+        grad_a = _ops.block_sparse_mm(b.t(), grad, *pattern, a.shape[0], False, *_NO_SCALES, ctx.tf32)
     if ctx.needs_input_grad[1]:  # a^T G
-        grad_b = _ops.block_sparse_linear(a.t(), grad, None, *pattern, b.shape[1], True)
-    return grad_a, grad_b, None, None, None
+        grad_b = _ops.block_sparse_linear(a.t(), grad, None, *pattern, b.shape[1], True, 0, *_NO_SCALES, ctx.tf32)
+    return grad_a, grad_b, *(None for _ in ctx.needs_input_grad[2:])
 
 
 register_autograd("sparsekit::block_sddmm", _sddmm_formula, setup_context=_sddmm_setup)
@@ -172,11 +176,13 @@ def _mlp_formula(ctx, grad):
 
     def linear(part: str, x: Tensor, features: int, transposed: bool = False) -> Tensor:
         tensors = (given[f"{part}_values"], None, given[f"{part}_crow_indices"], given[f"{part}_col_indices"])
-        return _ops.block_sparse_linear(x, *tensors, features, transposed, 0, given[f"{part}_scales"])
+        return _ops.block_sparse_linear(
+            x, *tensors, features, transposed, 0, given[f"{part}_scales"], None, None, None, given["tf32"]
+        )
 
     def outer(part: str, dy: Tensor, x: Tensor) -> Tensor:
         pattern = given[f"{part}_crow_indices"], given[f"{part}_col_indices"]
-        return _ops.block_sddmm(_rows(dy).t(), _rows(x), *pattern, given[f"{part}_values"].shape[1:])
+        return _ops.block_sddmm(_rows(dy).t(), _rows(x), *pattern, given[f"{part}_values"].shape[1:], given["tf32"])
 
     x, number, hidden = given["input"], given["activation"], given["hidden_features"]
     gated = given["gate_values"] is not None

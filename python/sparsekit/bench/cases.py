@@ -39,6 +39,7 @@ class AttentionCase:
     sinks: bool = False
     positions: bool = False  # random query and key positions, in no order
     bits: bool = False  # about half of the partial blocks carry packed bits
+    neighbours: float = 0.0  # share of a list that the next query block's list has, too, for every second query block
     lens_q: tuple[int, ...] = ()
     lens_k: tuple[int, ...] = ()
     # What a kernel must survive: empty rows, -1 slots, lists in no order, garbage past the counts, full blocks that
@@ -145,8 +146,15 @@ def _draw_map(case: AttentionCase, generator: torch.Generator) -> torch.Tensor:
     visible, _ = block_visibility(case)
     shape = (case.batch if case.lists_batch and not case.packed else 1, case.list_heads, *visible.shape)
     wanted = (visible.sum(-1) * case.density).round().clamp(min=1).minimum(visible.sum(-1))
-    rank = torch.rand(shape, generator=generator).masked_fill(~visible, 2.0).argsort(-1).argsort(-1)
-    block_map = rank < wanted[:, None]
+    draw = torch.rand(shape, generator=generator).masked_fill(~visible, 2.0)
+    block_map = draw.argsort(-1).argsort(-1) < wanted[:, None]
+    if case.neighbours:
+        odd = draw[..., 1::2, :]
+        kept = block_map[..., ::2, :][..., : odd.shape[-2], :] & (
+            torch.rand(odd.shape, generator=generator) < case.neighbours
+        )
+        draw[..., 1::2, :] = odd.masked_fill(kept & visible[1::2], -1.0)
+        block_map = draw.argsort(-1).argsort(-1) < wanted[:, None]
     if case.adversarial:
         block_map &= torch.rand(shape[:-1], generator=generator)[..., None] > 0.15  # empty rows
     return block_map
@@ -215,7 +223,11 @@ def make_inputs(
     pattern = make_pattern(case, generator, device)
 
     def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
+        if torch.device(device).type == "cpu" or math.prod(shape) < 1 << 24:
+            return torch.randn(shape, generator=generator)
+        # A benchmark's: other numbers than on the CPU, in no time.
+        seed = int(torch.randint(1 << 31, (), generator=generator))
+        return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
     def heads(count: int, length: int, dim: int) -> torch.Tensor:
         return randn(length, count, dim) if case.packed else randn(case.batch, count, length, dim)
@@ -263,34 +275,34 @@ def visible_pairs(inputs: AttentionInputs) -> int:
     case, pattern = inputs.case, inputs.pattern
     if case.bits or case.positions or case.packed:
         raise ValueError("visible_pairs: bits, positions and packed batches are not counted")
+    block_q, block_k = case.block_size
     rows = torch.arange(case.len_q)
-    low = torch.full_like(rows, 0)
-    high = torch.full_like(rows, case.len_k)  # one past the last key that row may see
     position = rows + case.len_k - case.len_q
     left, right = case.window
     right = 0 if case.causal else right
+    low, high = torch.zeros_like(rows), torch.full_like(rows, case.len_k)  # first key, and one past the last
+    blocks = rows[::block_q]
+    whole = (blocks // block_q, low[::block_q], high[::block_q], (case.len_q - blocks).clamp(max=block_q))
     if left >= 0:
         low = (position - left).clamp(min=0)
     if right >= 0:
         high = (position + right + 1).clamp(max=case.len_k)
-    block_q, block_k = case.block_size
-    row_block = rows // block_q
-    total = 0
-    lists = ((pattern.kv_num_blocks, pattern.kv_indices, low, high),)
+    # A query block whose rows see the same keys of a block counts once, times its rows.
+    ranged = (rows // block_q, low, high, torch.ones_like(rows)) if left >= 0 or right >= 0 else whole
+    lists = ((pattern.kv_num_blocks, pattern.kv_indices, ranged),)
     if pattern.full_kv_num_blocks is not None:
-        whole = (torch.zeros_like(rows), torch.full_like(rows, case.len_k))
-        lists += ((pattern.full_kv_num_blocks, pattern.full_kv_indices, *whole),)
-    for counts, indices, first, last in lists:
+        lists += ((pattern.full_kv_num_blocks, pattern.full_kv_indices, whole),)
+    total = 0
+    for counts, indices, groups in lists:
         counts, indices = counts.cpu(), indices.cpu()
         for b, h in ((b, h) for b in range(counts.shape[0]) for h in range(counts.shape[1])):
-            for chunk in rows.split(4096):  # [rows of the chunk, capacity]
-                block = row_block[chunk]
+            for block, first, last, times in zip(*(x.split(4096) for x in groups), strict=True):
                 index = indices[b, h, block].long()
                 listed = (torch.arange(index.shape[-1]) < counts[b, h, block][:, None]) & (index >= 0)
                 index = index.masked_fill(~listed, 0)
-                begin = torch.maximum(index * block_k, first[chunk, None])
-                end = torch.minimum((index + 1) * block_k, last[chunk, None])
-                total += int(((end - begin).clamp(min=0) * listed).sum())
+                begin = torch.maximum(index * block_k, first[:, None])
+                end = torch.minimum((index + 1) * block_k, last[:, None])
+                total += int(((end - begin).clamp(min=0) * listed * times[:, None]).sum())
     return total * (case.batch // counts.shape[0]) * (case.heads_q // counts.shape[1])
 
 
@@ -324,6 +336,13 @@ def bench_cases(device: str) -> dict[str, AttentionCase]:
         *_densities("d128-gqa", base.with_(heads_kv=base.heads_q // 4, lists="kv"), 0.1, 0.25),
         *_densities("d128-fp16", base.with_(dtype=torch.float16), 0.25),
     ]
+    if device == "cuda":
+        cases += _densities("d128-128x64", base.with_(block_size=(128, 64)), 0.05, 0.1, 0.25, 0.5)
+        cases += _densities("d128-block64", base.with_(block_size=(64, 64)), 0.05, 0.5)
+        cases += _densities("d128-neighbours", base.with_(block_size=(64, 64), neighbours=0.75), 0.1, 0.25)
+        # 25 % of all pairs: half of what causality leaves.
+        cases += _densities("d128-causal-gqa", base.with_(causal=True, heads_kv=base.heads_q // 4, lists="q"), 0.5)
+        cases += _densities("d128-short", base.with_(batch=4, heads_q=32, heads_kv=32, len_q=4096, len_k=4096), 0.25)
     if device != "cuda":
         cases += _densities("d128-block32", base.with_(block_size=(32, 32)), 0.25)
         cases += _densities("d128-block16", base.with_(block_size=(16, 16)), 0.25)

@@ -19,17 +19,13 @@ def machine(device: str) -> str:
 
 
 def multiply_add_peak(dtype: torch.dtype) -> float | None:
-    """FLOP/s of the CPU's vector units on torch's number of threads, measured now; None where it is not known."""
-    from .. import _numpy
-
+    """FLOP/s of the CPU's vector or tile units on torch's number of threads, measured now; None where it is not known, as
+    without the NumPy module, which measures it."""
+    try:
+        from .. import _numpy
+    except ImportError:
+        return None
     return _numpy.multiply_add_peak(str(dtype).removeprefix("torch."), torch.get_num_threads()) or None
-
-
-def read_bandwidth() -> float:
-    """Bytes/s that torch's number of threads read of main memory, measured now."""
-    from .. import _numpy
-
-    return _numpy.read_bandwidth(256 << 20, torch.get_num_threads())
 
 
 def about_this_run(device: str) -> dict:

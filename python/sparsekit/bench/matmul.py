@@ -2,7 +2,8 @@
 
 A case is a dtype, a block and a density, such as bf16-64x64-20 (per cent); the weight's blocks are random. Ratios are of
 effective FLOP/s (only stored weights count) to torch's dense product of the same dtype, taken inside each round. On a GPU
-every contender runs inside a CUDA graph where it can be captured, with an empty L2.
+every contender runs inside a CUDA graph where it can be captured, with an empty L2; of 16 tokens or fewer the time is that
+inside the graph, without its launch.
 """
 
 import argparse
@@ -39,6 +40,20 @@ CASES = [
     *(f"fp32-4x1-{d}" for d in (25, 10)),
     *(f"{dtype}-1:4:{g}-25" for dtype in ("fp32", "bf16") for g in (8, 16)),
 ]
+# What `--device cuda` measures unless --cases are named.
+_SIZES = (128, 64, 32, 16)
+CUDA_GROUPS = [
+    ([f"bf16-{b}x{b}-{d}" for b in _SIZES for d in (5, 20, 50)], {"mkl": True}),
+    (["bf16-128x128-85", "bf16-64x64-65", "bf16-32x32-40", "bf16-16x16-25"], {}),
+    ([f"bf16-{b}x{b}-{d}" for b in _SIZES for d in (20, 50)], {"direction": "dx"}),
+    ([f"bf16-{b}x{b}-{d}" for b in _SIZES for d in (20, 50)], {"direction": "dvalues"}),
+    (["bf16-128x128-60", "bf16-64x64-40"], {"rows": 4096, "columns": 4096, "tokens": 4096}),
+    (["bf16-128x128-5", "bf16-128x128-10"], {"direction": "mlp", "tokens": 2048}),
+    (["bf16-128x128-20"], {"direction": "training", "tokens": 2048}),
+    *((["bf16-128x128-10"], {"direction": "mlp", "tokens": tokens}) for tokens in (1, 16)),
+    *((["bf16-128x128-10"], {"rows": 32768, "columns": 16384, "tokens": tokens}) for tokens in (1, 16)),
+    (["fp32-64x64-20"], {}),
+]
 DIRECTIONS = ("forward", "dx", "dvalues", "mlp", "training")
 _FEW_TOKENS = 16  # up to these, what counts is how fast the stored weights are read
 
@@ -60,7 +75,11 @@ class Case:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
-    parser.add_argument("--cases", default="*-64x64-20", help="names or patterns, comma separated; 'list' lists them")
+    parser.add_argument(
+        "--cases",
+        help="names or patterns, comma separated; 'list' lists them. Default: *-64x64-20; with --device cuda a selection "
+        "with sizes of its own",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--direction",
@@ -69,13 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="forward: x W^T; dx: dy W; dvalues: dy^T x at the blocks; mlp: a gated MLP of two such weights and one of "
         "the transposed shape; training: its forward and backward",
     )
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rows", type=int, default=4096, help="of the weight: features out")
+    parser.add_argument("--tokens", type=int, help="default: 512; on CUDA 8192")
+    parser.add_argument("--rows", type=int, help="of the weight: features out; default: 4096; on CUDA 14336")
     parser.add_argument("--columns", type=int, default=4096, help="of the weight: features in")
     parser.add_argument("--mkl", action="store_true", help="also torch.sparse_bsr, where it takes the case")
     parser.add_argument("--no-dense", action="store_true", help="only sparsekit")
     parser.add_argument("--refcheck", action="store_true", help="errors of both against float64 on sampled rows")
-    parser.add_argument("--seconds", type=float, default=1.0, help="per contender and case")
+    parser.add_argument("--seconds", type=float, help="per contender and case; default: 1; on CUDA 0.03")
     parser.add_argument("--json", type=Path, help="write everything that was measured")
 
 
@@ -218,6 +237,24 @@ def captured(call: Callable) -> Callable:
     return graph.replay
 
 
+def inside_a_graph(call: Callable, stopwatch: Stopwatch, calls: int = 8, rounds: int = 7) -> list[float]:
+    """Seconds of a short call on a GPU without the launch of a graph, which takes as long: a graph of `calls` calls, L2
+    emptied before each, less one that only empties it."""
+    empty = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+    def with_calls():
+        for _ in range(calls):
+            empty.fill_(1)
+            call()
+
+    def without():
+        for _ in range(calls):
+            empty.fill_(1)
+
+    both, only = captured(with_calls), captured(without)
+    return [(stopwatch.once(both) - stopwatch.once(only)) / calls for _ in range(rounds)]
+
+
 def measure(case: Case, options, stopwatch: Stopwatch) -> dict:
     problem = Problem(case, options)
     contenders = [problem.ours()]
@@ -225,7 +262,12 @@ def measure(case: Case, options, stopwatch: Stopwatch) -> dict:
     contenders += problem.mkl() if options.mkl else []
     on_cpu = options.device == "cpu"
     calls = {contender.name: contender.call for contender in contenders}
-    times = stopwatch.rounds(calls if on_cpu else {name: captured(call) for name, call in calls.items()})
+    if on_cpu:
+        times = stopwatch.rounds(calls)
+    elif options.tokens <= _FEW_TOKENS:
+        times = {name: inside_a_graph(call, stopwatch) for name, call in calls.items()}
+    else:
+        times = stopwatch.rounds({name: captured(call) for name, call in calls.items()})
     peak = multiply_add_peak(torch.float32 if case.dtype == torch.int8 else case.dtype) if on_cpu else None
     rows = []
     for contender in contenders:
@@ -276,7 +318,6 @@ def show(results: list[dict], options, console) -> None:
                 cells.append("-" if error is None else f"{error:.1e}")
             table.add_row(*cells, style="bold" if mine else None)
     console.print(table)
-    console.print("GFLOP/s are effective: only stored weights count. Medians; ratios are medians over rounds.")
 
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
@@ -286,21 +327,36 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if options.cases == "list":
         print("\n".join(CASES))
         return 0
-    names = []
-    for wanted in options.cases.split(","):
-        found = [name for name in CASES if fnmatch.fnmatch(name, wanted)] or [wanted]
-        names += [name for name in found if name not in names]
-    try:
-        cases = [Case.parse(name) for name in names]
-    except ValueError as error:
-        parser.error(str(error))
+    on_gpu = options.device == "cuda"
+    defaults = (
+        {"tokens": 8192, "rows": 14336, "seconds": 0.03} if on_gpu else {"tokens": 512, "rows": 4096, "seconds": 1.0}
+    )
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    groups = [(options.cases or "*-64x64-20", {})]
+    if on_gpu and not options.cases:
+        groups = [(",".join(names), changes) for names, changes in CUDA_GROUPS]
     console = Console(width=None if sys.stdout.isatty() else 140)
     stopwatch = Stopwatch(options.device, seconds=options.seconds)
-    progress = track(cases, "measuring", console=Console(stderr=True), transient=True)
-    results = [measure(case, options, stopwatch) for case in progress]
-    show(results, options, console)
+    reports = []
+    for cases, changes in groups:
+        chosen = argparse.Namespace(**(vars(options) | changes))
+        names = []
+        for wanted in cases.split(","):
+            found = [name for name in CASES if fnmatch.fnmatch(name, wanted)] or [wanted]
+            names += [name for name in found if name not in names]
+        try:
+            parsed = [Case.parse(name) for name in names]
+        except ValueError as error:
+            parser.error(str(error))
+        progress = track(parsed, "measuring", console=Console(stderr=True), transient=True)
+        results = [measure(case, chosen, stopwatch) for case in progress]
+        show(results, chosen, console)
+        reports += [{"direction": chosen.direction} | result for result in results]
+    console.print("GFLOP/s are effective: only stored weights count. Medians; ratios are medians over rounds.")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        report = about_this_run(options.device) | {"direction": options.direction, "cases": results}
+        report = about_this_run(options.device) | {"direction": options.direction, "cases": reports}
         options.json.write_text(json.dumps(report | {"version": sparsekit.__version__}, indent=1) + "\n")
     return 0

@@ -117,6 +117,27 @@ def block_scores(tokens: int, reduce: str):
     return make
 
 
+def choice(tokens: int, p: float):
+    """Block scores, their softmax, and the lists of top-p. Beside it the dense attention that the lists are to save."""
+
+    def make(device, scale):
+        query, key = _query_key(tokens // scale, device)
+        value = torch.randn_like(key)
+        lengths = (query.shape[2], key.shape[2])
+        limits = selection.row_limits(128, lengths, device=device)
+
+        def ours():
+            probs = selection.block_scores(query, key, 128, causal=True).softmax(-1)
+            return selection.select_top_p(probs, p, sink=1, local=1, row_limit=limits)
+
+        def dense():
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+        return Case(ours, dense, _size(query, key))
+
+    return make
+
+
 def column_scores(tokens: int, probes: int):
     def make(device, scale):
         query, key = _query_key(tokens // scale, device)
@@ -182,7 +203,7 @@ def lists_from_bool(blocks: int, capacity: int, transpose: bool):
                 return block_map.sum(-1, dtype=torch.int32), order.int()
 
             return Case(lambda: selection.block_lists_from_bool(block_map, capacity), by_torch, _size(block_map))
-        pattern = sparsekit.BlockPattern.from_bool(block_map, 64)
+        pattern = sparsekit.BlockPattern.from_bool(block_map, 64, capacity=capacity)
         lists = (pattern.kv_num_blocks, pattern.kv_indices, None, None, (64, 64), blocks * 64)
 
         def by_torch():
@@ -205,11 +226,15 @@ CASES = {
     "block-max-4k": block_scores(4096, "max"),
     "block-antidiagonal-8k": block_scores(8192, "antidiagonal"),
     "columns-32k": column_scores(32768, 64),
+    "columns-128k": column_scores(131072, 64),
     "rows-4k": row_scores(4096),
     "map-4k": block_map(4096),
     "lists-from-bool": lists_from_bool(1024, 128, False),
     "transpose": lists_from_bool(1024, 128, True),
+    "choice-128k": choice(131072, 0.9),
 }
+
+CUDA_ALONE = ("columns-128k", "choice-128k")  # minutes and hours on a CPU: there only where they are named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -245,7 +270,10 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if options.cases == "list":
         print("\n".join(CASES))
         return 0
-    names = [name for name in CASES if any(fnmatch.fnmatch(name, wanted) for wanted in options.cases.split(","))]
+    wanted = options.cases.split(",")
+    names = [name for name in CASES if any(fnmatch.fnmatch(name, pattern) for pattern in wanted)]
+    if options.device == "cpu":
+        names = [name for name in names if name not in CUDA_ALONE or name in wanted]
     if not names:
         parser.error(f"--cases: no case is called {options.cases}; --cases list lists them")
     if options.device == "cuda" and not torch.cuda.is_available():

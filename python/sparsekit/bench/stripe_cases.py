@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..reference import stripe_mask
-from .cases import AttentionCase, AttentionInputs, _to_list, make_inputs
+from .cases import AttentionCase, AttentionInputs, _to_list, make_inputs, make_pattern
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,38 @@ def draw_columns_on(device: torch.device | str, case: StripeCase) -> tuple[torch
     return indices, counts.expand(batch, case.list_heads, -1).contiguous()
 
 
+def on_device(case: AttentionCase, device: torch.device | str) -> bool:
+    """Whether a benchmark's inputs are drawn on the GPU itself: of long prompts, which would take the CPU minutes."""
+    return torch.device(device).type == "cuda" and case.len_q * case.len_k > 1 << 24
+
+
 def make_stripe_inputs(case: StripeCase, device: torch.device | str = "cpu") -> StripeInputs:
-    inputs = make_inputs(case, device)
-    if torch.device(device).type == "cuda" and case.len_q * case.len_k > 1 << 24:
+    if on_device(case, device):
+        inputs = _plain_inputs(case, device)
         indices, counts = draw_columns_on(device, case)
     else:
+        inputs = make_inputs(case, device)
         indices, counts = draw_columns(case, torch.Generator().manual_seed(case.seed + 1))
     fields = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
     return StripeInputs(**fields, col_indices=indices.to(device), col_counts=counts.to(device))
+
+
+def _plain_inputs(case: AttentionCase, device: torch.device | str) -> AttentionInputs:
+    """Query, key, value and pattern; what else a case may have is for tests."""
+    generator = torch.Generator(device).manual_seed(case.seed)
+    shapes = (
+        (case.batch, case.heads_q, case.len_q, case.head_dim),
+        (case.batch, case.heads_kv, case.len_k, case.head_dim),
+        (case.batch, case.heads_kv, case.len_k, case.value_dim),
+    )
+    tensors = (torch.randn(shape, generator=generator, device=device, dtype=case.dtype) for shape in shapes)
+    return AttentionInputs(case, *tensors, make_pattern(case, torch.Generator().manual_seed(case.seed), device))
+
+
+def beside(case: AttentionCase, stripes: StripeInputs) -> AttentionInputs:
+    """A case of blocks on the same query, key and value."""
+    pattern = make_pattern(case, torch.Generator().manual_seed(case.seed), stripes.query.device)
+    return AttentionInputs(case, stripes.query, stripes.key, stripes.value, pattern)
 
 
 def stripe_pairs(inputs: StripeInputs) -> int:

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import json
 import os
 import statistics
@@ -21,9 +22,9 @@ import sparsekit
 
 from .baselines import Contender, _timed, flop
 from .baselines import ours as block_sparse
-from .cases import AttentionCase, make_inputs
+from .cases import AttentionCase
 from .machine import about_this_run, machine, multiply_add_peak
-from .stripe_cases import make_stripe_inputs, stripe_bench_cases, stripe_pairs
+from .stripe_cases import beside, make_stripe_inputs, stripe_bench_cases, stripe_pairs
 from .timing import Stopwatch, median_ratio
 
 
@@ -71,14 +72,15 @@ def contenders(case, options) -> list[Contender]:
     blocks = AttentionCase(**fields | dict(block_size=(128, 128), density=pairs / everything))
     results = [
         Contender("stripes", _timed(stripes, tensors, options.backward), pairs),
-        dataclasses.replace(block_sparse(make_inputs(blocks, options.device), options.backward), name="blocks"),
+        dataclasses.replace(block_sparse(beside(blocks, inputs), options.backward), name="blocks"),
     ]
     if (
         options.device == "cuda" and not options.backward
     ):  # the kernel that stripes are built on, where another is faster
-        call = results[1].call
-        results.append(dataclasses.replace(results[1], name="blocks, sm80", call=lambda: _with_kernels("sm80", call)))
-    if options.dense:
+        for contender in (results[0], results[1]):
+            call = functools.partial(_with_kernels, "sm80", contender.call)
+            results.append(dataclasses.replace(contender, name=f"{contender.name}, sm80", call=call))
+    if options.dense and (options.device == "cpu" or case.dtype != torch.float32):  # cuDNN takes 16 bits
         results.append(Contender("dense", _timed(dense, tensors, options.backward), everything))
     return results
 

@@ -15,7 +15,7 @@ What runs, per attention layer:
 * Anything else is refused with the reason: sliding windows, packed sequences, prepared 4-D masks, position biases,
   dropout, static and paged caches. Nothing falls back to dense attention on its own.
 
-Selection is written in plain torch, to be read; it runs on the device of the query and never waits for it.
+Selection runs on the device of the query and never waits for it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import sparsekit
+from sparsekit import _lists, selection
 from sparsekit.recipes import Recipe
 
 _DECODE_BLOCK = (64, 128)  # of calls that list every block: fewest entries among the sizes that every backend takes
@@ -49,10 +50,11 @@ def pooled_scores(
     against every key, log-sum-exp per block. At 25 % density that finds more of the attention mass (92 against 87 %, the
     gain in two of nine layers), and yet makes a worse model: perplexity 11.2 against 10.7 in examples/long_prompt.py.
     """
-    group = query.shape[1] // key.shape[1]
-    mean_query = _mean_over_blocks(query, block_size[0], None) * scale
-    mean_key = _mean_over_blocks(key, block_size[1], key_mask).repeat_interleave(group, dim=1)
-    return mean_query @ mean_key.transpose(-1, -2)
+    if key_mask is None:
+        return selection.block_scores(query, key, block_size, scale=scale)
+    kept = key.masked_fill(~key_mask[:, None, :, None], 0)  # and then the mean over what is left
+    share = _share_of_blocks(key_mask, block_size[1])[:, None, None]
+    return selection.block_scores(query, kept, block_size, scale=scale) / share.masked_fill(share == 0, 1)
 
 
 def recency_scores(
@@ -88,10 +90,13 @@ class TopKBlocks:
             raise ValueError(f"local_blocks: found {self.local_blocks}, at least 1 (the query block itself) is needed")
 
     @torch.no_grad()
-    def block_map(
+    def block_lists(
         self, query: Tensor, key: Tensor, key_mask: Tensor | None = None, scale: float | None = None
-    ) -> Tensor:
-        """bool [B, Hq, Mq, Nk]: which key blocks each query block attends to. key_mask [B, Sk]: False is padding."""
+    ) -> tuple[Tensor, Tensor]:
+        """indices int32 [B, Hq, Mq, Nk] and counts int32 [B, Hq, Mq]: which key blocks each query block attends to.
+
+        key_mask [B, Sk]: False is padding.
+        """
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         block_q, block_k = block_size = _pair(self.block_size)
         len_q, len_k, device = query.shape[2], key.shape[2], query.device
@@ -104,26 +109,26 @@ class TopKBlocks:
         local = visible & (columns > first_position // block_k - self.local_blocks)
         sink = columns < self.sink_blocks
         if key_mask is not None:  # a block without a key is not visible, and the sinks are the first that have one
-            occupied = _sum_over_blocks(key_mask[:, None, :, None].float(), block_k)[..., 0] > 0  # [B, 1, Nk]
+            occupied = _share_of_blocks(key_mask, block_k)[:, None] > 0  # [B, 1, Nk]
             sink = (occupied.cumsum(-1) <= self.sink_blocks)[:, :, None, :]
             visible = visible & occupied[:, :, None, :]
 
         always = (local | sink) & visible
-        budget = (self.density * visible.sum(-1, keepdim=True)).round().long()
-        budget = budget.maximum(always.sum(-1, keepdim=True))
-
+        budget = (self.density * visible.sum(-1)).round().long().maximum(always.sum(-1))
         score = self.score(query, key, block_size, key_mask, scale).float()
         score = score.masked_fill(always, torch.inf).masked_fill(~visible, -torch.inf)
-        score = score.expand(query.shape[0], query.shape[1], *score.shape[2:])
-        order = score.argsort(dim=-1, descending=True, stable=True)
-        best = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, (columns < budget).expand_as(score))
-        return best & visible
+        return selection.select_top_k(score.expand(*query.shape[:2], *score.shape[2:]), budget)
+
+    def block_map(self, query: Tensor, key: Tensor, *rest) -> Tensor:
+        """The same as a bool map [B, Hq, Mq, Nk], to look at."""
+        indices, counts = self.block_lists(query, key, *rest)
+        return _lists.to_dense(counts, indices, -(-key.shape[2] // _pair(self.block_size)[1]))
 
     def __call__(
         self, module, query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float | None
     ) -> sparsekit.BlockPattern:
-        return sparsekit.BlockPattern.from_bool(
-            self.block_map(query, key, key_mask, scale),
+        return sparsekit.BlockPattern.from_indices(
+            *self.block_lists(query, key, key_mask, scale),
             _pair(self.block_size),
             seq_lengths=(query.shape[2], key.shape[2]),
             causal=True,
@@ -134,22 +139,11 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _sum_over_blocks(x: Tensor, block: int) -> Tensor:
-    """[B, H, S, D] -> [B, H, ceil(S / block), D]."""
-    tail = -x.shape[2] % block
-    if tail:
-        x = torch.nn.functional.pad(x, (0, 0, 0, tail))
-    return x.unflatten(2, (-1, block)).sum(3, dtype=torch.float32)
-
-
-def _mean_over_blocks(x: Tensor, block: int, mask: Tensor | None) -> Tensor:
-    """The mean of each block's tokens, over those that exist and that mask [B, S] keeps."""
-    if mask is None:
-        mask = torch.ones(1, x.shape[2], dtype=torch.bool, device=x.device)
-    else:
-        x = x.masked_fill(~mask[:, None, :, None], 0)
-    count = _sum_over_blocks(mask[:, None, :, None].float(), block)
-    return _sum_over_blocks(x, block) / count.clamp(min=1)
+def _share_of_blocks(mask: Tensor, block: int) -> Tensor:
+    """float32 [B, blocks] of a mask [B, S]: the share of each block's tokens that it keeps."""
+    padded = torch.nn.functional.pad(mask.float(), (0, -mask.shape[1] % block)).unflatten(1, (-1, block)).sum(-1)
+    tokens = torch.arange(0, mask.shape[1], block, device=mask.device)
+    return padded / (mask.shape[1] - tokens).clamp(max=block)
 
 
 # ---- transformers

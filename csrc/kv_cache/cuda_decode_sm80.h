@@ -1,0 +1,24 @@
+// The packed decode kernels of one number of bits each: files cuda_decode_sm80_*.cu.
+#pragma once
+
+#include <cstddef>
+
+namespace sparsekit {
+
+struct PackedDecodeKernel {
+  const void* kernel = nullptr;
+  size_t shared_bytes = 0;
+  int tokens = 0;  // of a tile
+};
+
+PackedDecodeKernel decode_packed_fp8(int dim, bool per_channel, int group_size);
+PackedDecodeKernel decode_packed_8(int dim, bool per_channel, int group_size);
+PackedDecodeKernel decode_packed_4(int dim, bool per_channel, int group_size);
+PackedDecodeKernel decode_packed_3(int dim, bool per_channel, int group_size);
+PackedDecodeKernel decode_packed_2(int dim, bool per_channel, int group_size);
+
+/// Plain caches of fp16 or bf16.
+const void* decode_plain_kernel(int dim, bool bf16);
+size_t decode_plain_shared_bytes(int dim);
+
+}  // namespace sparsekit

@@ -1,0 +1,10 @@
+// Packed decode: 8 bits. See cuda_decode_sm80_packed.cuh.
+#include "kv_cache/cuda_decode_sm80_packed.cuh"
+
+namespace sparsekit {
+
+PackedDecodeKernel decode_packed_8(int dim, bool per_channel, int group_size) {
+  return cuda::packed_kernel_of<8>(dim, per_channel, group_size);
+}
+
+}  // namespace sparsekit

@@ -1,0 +1,550 @@
+// Block scores by the mean on the GPU, and self-similarity of blocks.
+//
+//   mean over pairs of scale * q_i . k_j = scale * (mean q) . (mean k)
+//   a block that causality cuts: sum over i of q_i . (sum of the k_j that row i sees), a running sum of keys
+//
+// First the means, then their products in tiles (cuda_score_tiles.cuh): each mean is the sum of three bf16 numbers, 24
+// bits, and a product that of the six products of parts that are not below 2^-24 of it. (As three tf32 products, the
+// splitting in every warp took 0.5 ms for 1,024 x 1,024 blocks of 32 heads, as long as reading query and key.) Where
+// query and key blocks are of one size and lie on the diagonal, each query block has one cut block, and one CTA
+// averages a key block and the query blocks of all heads that share it: every thread holds 16 bytes of 8 keys, adds
+// them up as it goes along its 8 rows, and what lies in the rows of other threads comes in as (sum of own q) . (sum of
+// earlier keys). So query and key are read once. Any other cut block is summed by a CTA of its own row of blocks, from
+// L2.
+//
+// Bound: memory; 131,072 tokens, 32 heads over 8, D = 128, bf16: 1.34 GB.
+#include "selection/cuda_block_means.cuh"
+#include "selection/cuda_kernels.h"
+#include "selection/cuda_score_tiles.cuh"
+
+namespace sparsekit::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+/// 16 bytes of a row as fp32.
+template <class Element>
+struct Piece {
+  static constexpr int size = 16 / int(sizeof(Element));
+  uint4 bits;
+
+  __device__ __forceinline__ void load(const Element* from, bool valid) {
+    bits = valid ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+  }
+  __device__ __forceinline__ void widen(float (&to)[size]) const {
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) widen(words[i], to, i);
+  }
+
+ private:
+  __device__ __forceinline__ static void widen(uint32_t word, float (&to)[size], int i) {
+    if constexpr (sizeof(Element) == 4) {
+      to[i] = __uint_as_float(word);
+    } else if constexpr (std::is_same<Element, __nv_bfloat16>::value) {
+      to[2 * i] = __uint_as_float(word << 16);
+      to[2 * i + 1] = __uint_as_float(word & 0xffff0000u);
+    } else {
+      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
+      to[2 * i] = pair.x;
+      to[2 * i + 1] = pair.y;
+    }
+  }
+};
+
+/// How threads share a block: `lanes` threads side by side have a row, 16 bytes each.
+struct Shares {
+  int lanes = 0, groups = 0;  // lanes: a power of two, at most 32
+};
+Shares shares_of(const AttentionProblem& p) {
+  Shares shares;
+  const int64_t pieces = p.head_dim * size_of(p.dtype) / 16;
+  if (!in_vectors(p.query, p) || !in_vectors(p.key, p) || pieces < 1 || pieces > kWarp) return shares;
+  for (shares.lanes = 1; shares.lanes < pieces;) shares.lanes *= 2;
+  shares.groups = kThreads / shares.lanes;
+  return shares;
+}
+constexpr int kRowsEach = 8;  // of a thread in the diagonal's CTAs: 32 registers of keys
+
+// ---- means of any blocks
+
+struct Pool {
+  InputView view;
+  int64_t heads = 0, blocks = 0;  // blocks of the result
+  int head_dim = 0, block = 0;
+  bool keys = false;  // which length of a span
+  Spans spans;
+  float* means = nullptr;       // [batch, heads, blocks, head_dim]
+  float* similarity = nullptr;  // [batch, heads, blocks] or null
+};
+
+/// Every thread's piece of a sum into shared memory; threads of a row, side by side, make a row of it.
+template <int SIZE>
+__device__ __forceinline__ void put_piece(float* parts, const float (&own)[SIZE]) {
+#pragma unroll
+  for (int i = 0; i < SIZE; ++i) parts[int(threadIdx.x) * SIZE + i] = own[i];
+  __syncthreads();
+}
+/// Element d of the sum of these rows.
+__device__ __forceinline__ float sum_groups(const float* parts, const Shares& shares, int size, int d) {
+  float x = 0.f;
+  for (int g = 0; g < shares.groups; ++g) x += parts[g * shares.lanes * size + d];
+  return x;
+}
+
+/// grid (blocks, heads of all batches), rows in 16-byte pieces.
+template <class Element, bool SIMILARITY>
+__global__ void __launch_bounds__(kThreads) pool_pieces(Pool pool, Shares shares) {
+  constexpr int size = Piece<Element>::size;
+  __shared__ float parts[kThreads * size];
+  __shared__ CtaScratch scratch;
+  Span span;
+  int block;
+  const bool exists = find_span(pool.spans, pool.keys, blockIdx.x, &span, &block);
+  const int64_t result = int64_t(blockIdx.y) * pool.blocks + blockIdx.x;
+  if (!exists) {
+    if (SIMILARITY && threadIdx.x == 0) pool.similarity[result] = 0.f;
+    return;
+  }
+  const int first = (pool.keys ? span.k_begin : span.q_begin) + block * pool.block;
+  const int rows = min(pool.block, (pool.keys ? span.k_end : span.q_end) - first);
+  const int lane = int(threadIdx.x) % shares.lanes, group = int(threadIdx.x) / shares.lanes;
+  const bool used = lane * size < pool.head_dim;
+  const Element* base =
+      rows_of<Element>(pool.view, blockIdx.y / pool.heads, blockIdx.y % pool.heads, first) + lane * size;
+  float sum[size] = {}, unit_sum[size] = {};
+  for (int start = 0; start < rows; start += 4 * shares.groups) {
+    Piece<Element> pieces[4];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      const int r = start + u * shares.groups + group;
+      pieces[u].load(base + int64_t(r) * pool.view.row, used && r < rows);
+    }
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      float x[size];
+      pieces[u].widen(x);
+      if constexpr (SIMILARITY) {
+        float norm = 0.f;
+#pragma unroll
+        for (int i = 0; i < size; ++i) norm = fmaf(x[i], x[i], norm);
+        for (int step = 1; step < shares.lanes; step *= 2) norm += __shfl_xor_sync(kLanes, norm, step);
+        const float factor = norm == 0.f ? 0.f : 1.f / sqrtf(norm);
+#pragma unroll
+        for (int i = 0; i < size; ++i) unit_sum[i] = fmaf(x[i], factor, unit_sum[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < size; ++i) sum[i] += x[i];
+    }
+  }
+  float* mean = pool.means + result * pool.head_dim;
+  put_piece(parts, sum);
+  for (int d = int(threadIdx.x); d < pool.head_dim; d += kThreads)
+    mean[d] = sum_groups(parts, shares, size, d) / float(rows);
+  if constexpr (SIMILARITY) {
+    __syncthreads();
+    put_piece(parts, unit_sum);
+    float square = 0.f;
+    for (int d = int(threadIdx.x); d < pool.head_dim; d += kThreads) {
+      const float x = sum_groups(parts, shares, size, d);
+      square = fmaf(x, x, square);
+    }
+    square = cta_sum<kThreads>(square, scratch);
+    if (threadIdx.x == 0) pool.similarity[result] = square / (float(rows) * float(rows));
+  }
+}
+
+/// The same for any head dimension and alignment: a thread per element of a row.
+template <class Element>
+__global__ void __launch_bounds__(kThreads) pool_elements(Pool pool) {
+  __shared__ CtaScratch scratch;
+  __shared__ float factors[kThreads / kWarp];
+  extern __shared__ __align__(128) unsigned char dynamic_shared[];
+  auto* sums = reinterpret_cast<float*>(dynamic_shared);
+  float* unit_sums = sums + pool.head_dim;
+  Span span;
+  int block;
+  const bool exists = find_span(pool.spans, pool.keys, blockIdx.x, &span, &block);
+  const int64_t result = int64_t(blockIdx.y) * pool.blocks + blockIdx.x;
+  if (!exists) {
+    if (pool.similarity && threadIdx.x == 0) pool.similarity[result] = 0.f;
+    return;
+  }
+  const int first = (pool.keys ? span.k_begin : span.q_begin) + block * pool.block;
+  const int rows = min(pool.block, (pool.keys ? span.k_end : span.q_end) - first);
+  const Element* base = rows_of<Element>(pool.view, blockIdx.y / pool.heads, blockIdx.y % pool.heads, first);
+  for (int d = int(threadIdx.x); d < pool.head_dim; d += kThreads) sums[d] = unit_sums[d] = 0.f;
+  constexpr int warps = kThreads / kWarp;
+  for (int start = 0; start < rows; start += warps) {
+    if (pool.similarity) {
+      float norm = 0.f;
+      const int r = start + warp_of();
+      for (int d = lane_of(); r < rows && d < pool.head_dim; d += kWarp) {
+        const float x = widened(base[r * pool.view.row + d]);
+        norm = fmaf(x, x, norm);
+      }
+      for (int step = 16; step > 0; step /= 2) norm += __shfl_xor_sync(kLanes, norm, step);
+      if (lane_of() == 0) factors[warp_of()] = norm == 0.f ? 0.f : 1.f / sqrtf(norm);
+      __syncthreads();
+    }
+    for (int d = int(threadIdx.x); d < pool.head_dim; d += kThreads) {
+      for (int r = start; r < min(rows, start + warps); ++r) {
+        const float x = widened(base[r * pool.view.row + d]);
+        sums[d] += x;
+        if (pool.similarity) unit_sums[d] = fmaf(x, factors[r - start], unit_sums[d]);
+      }
+    }
+    if (pool.similarity) __syncthreads();
+  }
+  float square = 0.f;
+  for (int d = int(threadIdx.x); d < pool.head_dim; d += kThreads) {
+    pool.means[result * pool.head_dim + d] = sums[d] / float(rows);
+    square = fmaf(unit_sums[d], unit_sums[d], square);
+  }
+  if (!pool.similarity) return;
+  square = cta_sum<kThreads>(square, scratch);
+  if (threadIdx.x == 0) pool.similarity[result] = square / (float(rows) * float(rows));
+}
+
+template <class Element>
+void pool_blocks(const Pool& pool, int64_t batch, const Shares& shares, cudaStream_t stream) {
+  if (pool.blocks == 0) return;
+  const dim3 grid(unsigned(pool.blocks), unsigned(batch * pool.heads));
+  if (shares.lanes == 0) {
+    launch(pool_elements<Element>, grid, kThreads, size_t(pool.head_dim) * 8, stream, pool);
+  } else if (pool.similarity) {
+    launch(pool_pieces<Element, true>, grid, kThreads, 0, stream, pool, shares);
+  } else {
+    launch(pool_pieces<Element, false>, grid, kThreads, 0, stream, pool, shares);
+  }
+}
+
+// ---- means and the diagonal at once
+
+/// grid (blocks, key heads of all batches): key block n = blockIdx.x + `begin` and query block n - `shift` of the heads
+/// that share it; either may not exist.
+template <class Element>
+__global__ void __launch_bounds__(kThreads, 2)
+    pool_diagonal(BlockScores p, BlockMeans means, Shares shares, int begin, int shift) {
+  constexpr int size = Piece<Element>::size;
+  __shared__ float parts[kThreads * size];
+  __shared__ float sums[kThreads / kWarp];
+  const int n = int(blockIdx.x) + begin, m = n - shift, block = p.lists.block_k, dim = p.head_dim;
+  const int kv_heads = int(p.heads_kv), heads_each = int(p.heads_q) / kv_heads;
+  const int b = int(blockIdx.y) / kv_heads, kv_head = int(blockIdx.y) % kv_heads;
+  const int lane = int(threadIdx.x) % shares.lanes, group = int(threadIdx.x) / shares.lanes;
+  const int keys = n < 0 ? 0 : int(clamped(p.len_k - int64_t(n) * block, 0, block));
+  const int rows = m < 0 ? 0 : int(clamped(p.len_q - int64_t(m) * block, 0, block));
+  const int width = shares.lanes * size, first = group * kRowsEach, own = int(threadIdx.x) * size;
+  const bool used = lane * size < dim;
+
+  __shared__ uint4 key[kRowsEach][kThreads];  // each thread its own: registers are for two heads' queries
+  const Element* keys_from = rows_of<Element>(p.key, b, kv_head, int64_t(max(n, 0)) * block) + lane * size;
+#pragma unroll
+  for (int r = 0; r < kRowsEach; ++r) {
+    Piece<Element> piece;
+    piece.load(keys_from + int64_t(first + r) * p.key.row, used && first + r < keys);
+    key[r][threadIdx.x] = piece.bits;
+  }
+  {
+    float sum[size] = {};
+#pragma unroll
+    for (int r = 0; r < kRowsEach; ++r) {
+      float x[size];
+      Piece<Element>{key[r][threadIdx.x]}.widen(x);
+#pragma unroll
+      for (int i = 0; i < size; ++i) sum[i] += x[i];
+    }
+    put_piece(parts, sum);
+  }
+  for (int d = int(threadIdx.x); d < width; d += kThreads) {  // the sum of the groups before each
+    float x = 0.f;
+    for (int g = 0; g < shares.groups; ++g) {
+      const float here = parts[g * width + d];
+      parts[g * width + d] = x;
+      x += here;
+    }
+    if (keys > 0 && d < dim) {
+      means.k_means[((int64_t(b) * kv_heads + kv_head) * means.k_blocks + n) * dim + d] = x / float(keys);
+    }
+  }
+  __syncthreads();
+  if (rows == 0) return;
+  float before[size];
+#pragma unroll
+  for (int i = 0; i < size; ++i) before[i] = parts[own + i];
+  __syncthreads();
+
+  auto load = [&](int h, Piece<Element>(&to)[kRowsEach]) {
+    const Element* rows_from = rows_of<Element>(p.query, b, h, int64_t(m) * block) + lane * size;
+#pragma unroll
+    for (int r = 0; r < kRowsEach; ++r) {
+      to[r].load(rows_from + int64_t(first + r) * p.query.row, used && first + r < rows);
+    }
+  };
+  Piece<Element> query[kRowsEach], next[kRowsEach];
+  load(kv_head * heads_each, query);
+  for (int h = kv_head * heads_each; h < (kv_head + 1) * heads_each; ++h) {
+    if (h + 1 < (kv_head + 1) * heads_each) load(h + 1, next);  // under way while this head is summed
+    float sum[size] = {}, seen[size], product = 0.f;
+#pragma unroll
+    for (int i = 0; i < size; ++i) seen[i] = before[i];
+#pragma unroll
+    for (int r = 0; r < kRowsEach; ++r) {
+      float q[size], k[size];
+      query[r].widen(q);
+      Piece<Element>{key[r][threadIdx.x]}.widen(k);
+      float here = 0.f;
+#pragma unroll
+      for (int i = 0; i < size; ++i) {
+        seen[i] += k[i];
+        sum[i] += q[i];
+        here = fmaf(q[i], seen[i], here);
+      }
+      if (first + r < rows) product += here;  // what does not exist meets no NaN
+    }
+    for (int step = 16; step > 0; step /= 2) product += __shfl_xor_sync(kLanes, product, step);
+    if (lane_of() == 0) sums[warp_of()] = product;
+    put_piece(parts, sum);
+    const int64_t result = (int64_t(b) * p.heads_q + h) * p.q_blocks + m;
+    for (int d = int(threadIdx.x); d < dim; d += kThreads) {
+      means.q_means[result * dim + d] = sum_groups(parts, shares, size, d) / float(rows);
+    }
+    if (threadIdx.x == 0) {
+      float x = 0.f;
+      for (int w = 0; w < kThreads / kWarp; ++w) x += sums[w];
+      means.diagonal[result] = x;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < kRowsEach; ++r) query[r] = next[r];
+  }
+}
+
+/// Whether each query block has one cut block, from corner to corner, that the threads of pool_diagonal hold.
+bool on_diagonal(const BlockScores& p, const Shares& shares) {
+  return p.causal && !p.packed() && !p.q_similarity && shares.lanes > 0 && p.lists.block_q == p.lists.block_k &&
+         (p.len_k - p.len_q) % p.lists.block_k == 0 && p.lists.block_k <= shares.groups * kRowsEach;
+}
+
+template <class Element>
+void find_means(const BlockScores& p, BlockMeans* means, bool diagonal, cudaStream_t stream) {
+  const Shares shares = shares_of(p);
+  if (diagonal && on_diagonal(p, shares)) {
+    const int64_t shift = (p.len_k - p.len_q) / p.lists.block_k, begin = shift < 0 ? shift : 0;
+    const int64_t end = std::max(means->k_blocks, p.q_blocks + shift);
+    launch(pool_diagonal<Element>, dim3(unsigned(end - begin), unsigned(p.batch * p.heads_kv)), kThreads, 0, stream, p,
+           *means, shares, int(begin), int(shift));
+    return;
+  }
+  means->diagonal = nullptr;
+  Pool pool;
+  pool.head_dim = p.head_dim;
+  pool.spans = means->blocks;
+  pool.view = p.query;
+  pool.heads = p.heads_q;
+  pool.blocks = p.q_blocks;
+  pool.block = p.lists.block_q;
+  pool.means = means->q_means;
+  pool.similarity = static_cast<float*>(p.q_similarity);
+  pool_blocks<Element>(pool, p.batch, shares, stream);
+  pool.view = p.key;
+  pool.heads = p.heads_kv;
+  pool.blocks = means->k_blocks;
+  pool.block = p.lists.block_k;
+  pool.keys = true;
+  pool.means = means->k_means;
+  pool.similarity = static_cast<float*>(p.k_similarity);
+  pool_blocks<Element>(pool, p.batch, shares, stream);
+}
+
+// ---- scores
+
+/// Each number as the sum of three of 8 bits.
+__global__ void split_means(const float* from, __nv_bfloat16* to, int64_t count) {
+  for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += int64_t(gridDim.x) * blockDim.x) {
+    float rest = from[at];
+#pragma unroll
+    for (int part = 0; part < 3; ++part) {
+      const __nv_bfloat16 here = __float2bfloat16_rn(rest);
+      to[part * count + at] = here;
+      rest = fabsf(widened(here)) < __builtin_huge_valf() ? rest - widened(here) : 0.f;
+    }
+  }
+}
+
+/// The parts of both factors of product `i` of 6, the small ones first.
+__device__ __forceinline__ int q_part(int i) { return i == 0 ? 2 : i == 2 || i == 3 ? 1 : 0; }
+__device__ __forceinline__ int k_part(int i) { return i == 1 ? 2 : i == 2 || i == 4 ? 1 : 0; }
+
+/// grid (128 key blocks, 64 query blocks, heads): products of means. Cut blocks: from the diagonal's sums, or left to
+/// score_cut_blocks.
+__global__ void __launch_bounds__(ScoreTile<__nv_bfloat16>::kThreads) multiply_means(BlockScores p, BlockMeans means) {
+  using Tile = ScoreTile<__nv_bfloat16>;
+  extern __shared__ __align__(128) unsigned char dynamic_shared[];
+  const int head = blockIdx.z, b = head / int(p.heads_q), h = head % int(p.heads_q);
+  const int kv_head = h / int(p.heads_q / p.heads_kv), dim = p.head_dim;
+  Span span;
+  int tile_row;
+  if (!find_span(means.tiles, false, blockIdx.y, &span, &tile_row)) return;
+  if (means.tiles.table) span = means.blocks.table[span.index];  // list_row in blocks, not in tiles
+  const int first_m = tile_row * Tile::kRows, first_n = int(blockIdx.x) * Tile::kKeys;
+  const int rows = min(Tile::kRows, ceil_div(span.len_q(), p.lists.block_q) - first_m);
+  const int blocks = min(int(p.key_blocks), ceil_div(span.len_k(), p.lists.block_k));
+  const int64_t row = int64_t(head) * p.q_blocks + span.list_row + first_m;
+  const int fit = int(min(int64_t(rows), p.q_blocks - span.list_row - first_m));  // cu_seqlens may hold anything
+  float* out = static_cast<float*>(p.scores) + row * p.key_blocks;
+  const SeenBlocks last(p, span, first_m + rows - 1);
+  Tile tile;
+  const bool any = first_n < last.seen && first_n < blocks;
+  if (any) {
+    const int64_t k_row = (int64_t(b) * p.heads_kv + kv_head) * means.k_blocks + span.k_block + first_n;
+    const int64_t q_count = p.batch * p.heads_q * p.q_blocks * dim,
+                  k_count = p.batch * p.heads_kv * means.k_blocks * dim;
+    const __nv_bfloat16* q = means.q_parts + row * dim;
+    const __nv_bfloat16* k = means.k_parts + k_row * dim;
+    const int fit_k = int(min(int64_t(blocks - first_n), means.k_blocks - span.k_block - first_n));
+    const bool vectors = dim % 8 == 0;
+    tile.multiply(
+        6, dim, vectors, [&](int r, int i) { return r < fit ? q + q_part(i) * q_count + int64_t(r) * dim : nullptr; },
+        [&](int n, int i) { return n < fit_k ? k + k_part(i) * k_count + int64_t(n) * dim : nullptr; }, dynamic_shared);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int r = Tile::row_of(i);
+    if (r >= fit) continue;
+    const SeenBlocks bounds(p, span, first_m + r);
+#pragma unroll
+    for (int j = 0; j < Tile::kKeys / 8; ++j) {
+      const int n = first_n + Tile::key_of(j, i);
+      if (n >= p.key_blocks) continue;
+      if (n < bounds.whole && n < blocks) {
+        out[r * p.key_blocks + n] = tile.c[j][i] * p.scale;
+      } else if (n >= bounds.seen || n >= blocks) {
+        out[r * p.key_blocks + n] = -kInfinity;
+      } else if (means.diagonal) {
+        const BlockPair pair(p, span, first_m + r, n);
+        out[r * p.key_blocks + n] = means.diagonal[row + r] * p.scale / pair.pairs();
+      }
+    }
+  }
+}
+
+/// grid (query blocks, heads): each cut block of the row, a thread per element of a row of query.
+template <class Element>
+__global__ void __launch_bounds__(kThreads) score_cut_blocks(BlockScores p, Spans spans) {
+  __shared__ CtaScratch scratch;
+  const int head = blockIdx.y, b = head / int(p.heads_q), h = head % int(p.heads_q);
+  Span span;
+  int m;
+  if (!find_span(spans, false, blockIdx.x, &span, &m)) return;
+  const SeenBlocks bounds(p, span, m);
+  const Element* query = rows_of<Element>(p.query, b, h, span.q_begin + int64_t(m) * p.lists.block_q);
+  for (int n = bounds.whole; n < min(int64_t(bounds.seen), p.key_blocks); ++n) {
+    const BlockPair pair(p, span, m, n);
+    const Element* key =
+        rows_of<Element>(p.key, b, h / int(p.heads_q / p.heads_kv), span.k_begin + int64_t(n) * p.lists.block_k);
+    float product = 0.f;
+    for (int d = int(threadIdx.x); d < p.head_dim; d += kThreads) {
+      float seen = 0.f;
+      int next = 0;
+      for (int i = int(clamped(1 - pair.first_seen, 0, pair.rows)); i < pair.rows; ++i) {
+        for (; next < pair.keys && next < pair.first_seen + i; ++next) seen += widened(key[next * p.key.row + d]);
+        product = fmaf(widened(query[i * p.query.row + d]), seen, product);
+      }
+    }
+    product = cta_sum<kThreads>(product, scratch);
+    if (threadIdx.x == 0) {
+      static_cast<float*>(p.scores)[(int64_t(head) * p.q_blocks + blockIdx.x) * p.key_blocks + n] =
+          product * p.scale / pair.pairs();
+    }
+  }
+}
+
+__global__ void fill_floats(float* to, int64_t count, float value) {
+  for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += int64_t(gridDim.x) * blockDim.x) {
+    to[at] = value;
+  }
+}
+
+}  // namespace
+
+void fill(float* to, int64_t count, float value, cudaStream_t stream) {
+  if (count > 0)
+    launch(fill_floats, unsigned(clamped(ceil_div<int64_t>(count, 1024), 1, 4096)), 256, 0, stream, to, count, value);
+}
+
+size_t block_means_bytes(const BlockScores& p) {
+  return 2 * spans_bytes(p) + padded_bytes(p.batch * p.heads_q * p.q_blocks * p.head_dim * 4) +
+         padded_bytes(p.batch * p.heads_kv * p.k_blocks() * p.head_dim * 4) +
+         padded_bytes(p.batch * p.heads_q * p.q_blocks * 4) +
+         padded_bytes(p.batch * p.heads_q * p.q_blocks * p.head_dim * 6) +
+         padded_bytes(p.batch * p.heads_kv * p.k_blocks() * p.head_dim * 6);
+}
+
+BlockMeans block_means_of(const BlockScores& p, void* workspace) {
+  BlockMeans means;
+  auto* memory = static_cast<char*>(workspace);
+  auto take = [&](size_t bytes) {
+    char* at = memory;
+    memory += bytes;
+    return at;
+  };
+  means.k_blocks = p.k_blocks();
+  means.blocks = spans_of(p, p.lists.block_q, p.lists.block_k, take(spans_bytes(p)));
+  const int64_t tile = std::min<int64_t>(int64_t(p.lists.block_q) * kTileBlocks, INT32_MAX);
+  means.tiles = spans_of(p, int(tile), p.lists.block_k, take(spans_bytes(p)));
+  means.q_means = reinterpret_cast<float*>(take(padded_bytes(p.batch * p.heads_q * p.q_blocks * p.head_dim * 4)));
+  means.k_means = reinterpret_cast<float*>(take(padded_bytes(p.batch * p.heads_kv * means.k_blocks * p.head_dim * 4)));
+  means.diagonal = reinterpret_cast<float*>(take(padded_bytes(p.batch * p.heads_q * p.q_blocks * 4)));
+  const int64_t q_count = p.batch * p.heads_q * p.q_blocks * p.head_dim;
+  const int64_t k_count = p.batch * p.heads_kv * means.k_blocks * p.head_dim;
+  means.q_parts = reinterpret_cast<__nv_bfloat16*>(take(padded_bytes(q_count * 6)));
+  means.k_parts = reinterpret_cast<__nv_bfloat16*>(take(padded_bytes(k_count * 6)));
+  return means;
+}
+
+void find_block_means(const BlockScores& p, BlockMeans* means, bool diagonal, cudaStream_t stream) {
+  list_spans_of(means->blocks, stream);
+  list_spans_of(means->tiles, stream);
+  switch (p.dtype) {
+    case DType::f16: return find_means<__half>(p, means, diagonal, stream);
+    case DType::bf16: return find_means<__nv_bfloat16>(p, means, diagonal, stream);
+    default: return find_means<float>(p, means, diagonal, stream);
+  }
+}
+
+Status score_block_means(const BlockScores& p, const CudaContext& context) {
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  BlockMeans means = block_means_of(p, context.workspace);
+  find_block_means(p, &means, true, stream);
+  const int64_t heads = p.batch * p.heads_q;
+  if (p.q_blocks == 0 || p.key_blocks == 0) return launched("block_scores");
+  if (p.packed()) fill(static_cast<float*>(p.scores), heads * p.q_blocks * p.key_blocks, -kInfinity, stream);
+  const auto split = [&](const float* from, __nv_bfloat16* to, int64_t count) {
+    const int64_t ctas = clamped(ceil_div<int64_t>(count, 1024), 1, 8192);
+    launch(split_means, unsigned(ctas), 256, 0, stream, from, to, count);
+  };
+  split(means.q_means, means.q_parts, heads * p.q_blocks * p.head_dim);
+  split(means.k_means, means.k_parts, p.batch * p.heads_kv * means.k_blocks * p.head_dim);
+  const int64_t row_tiles = tiles_of(p.len_q, int64_t(p.lists.block_q) * kTileBlocks, p);
+  if (row_tiles > 65535) {
+    return error(Status::Kind::unsupported, "block_scores: %lld blocks of queries; CUDA takes 4194240",
+                 (long long)p.q_blocks);
+  }
+  launch(multiply_means,
+         dim3(unsigned(ceil_div<int64_t>(p.key_blocks, ScoreTile<__nv_bfloat16>::kKeys)), unsigned(row_tiles),
+              unsigned(heads)),
+         ScoreTile<__nv_bfloat16>::kThreads, ScoreTile<__nv_bfloat16>::kBytes, stream, p, means);
+  if (p.causal && !means.diagonal) {
+    const dim3 grid(unsigned(p.q_blocks), unsigned(heads));
+    switch (p.dtype) {
+      case DType::f16: launch(score_cut_blocks<__half>, grid, kThreads, 0, stream, p, means.blocks); break;
+      case DType::bf16: launch(score_cut_blocks<__nv_bfloat16>, grid, kThreads, 0, stream, p, means.blocks); break;
+      default: launch(score_cut_blocks<float>, grid, kThreads, 0, stream, p, means.blocks);
+    }
+  }
+  return launched("block_scores");
+}
+
+}  // namespace sparsekit::cuda
