@@ -24,20 +24,17 @@ constexpr int kDecodeWarps = 4, kDecodeThreads = 32 * kDecodeWarps;
 constexpr int kColumns = 8;  // query rows of a CTA
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// Loads that the compiler may move: latency is hidden by other work. Only `fresh` holds them back: an address that went
-// through it is read after the waits and stores before it.
-__device__ __forceinline__ uint32_t fresh(uint32_t address) {
-  asm volatile("" : "+r"(address) : : "memory");
-  return address;
-}
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   uint4 x;
-  asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
   return x;
 }
 __device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
   uint2 x;
-  asm("ld.shared.v2.u32 {%0, %1}, [%2];\n" : "=r"(x.x), "=r"(x.y) : "r"(address));
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];\n" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
   return x;
 }
 __device__ __forceinline__ uint16_t load_shared_2(uint32_t address) {
@@ -320,7 +317,7 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
     copy_async_wait<kPending>();
     if (SLOTS > 1) start_copy(2 * tile + SLOTS - 1);
     const int start = (first + tile * kDecodeWarps) * kTokens;
-    const uint32_t key = fresh(ring + 2 * tile % SLOTS * kTile);
+    const uint32_t key = ring + 2 * tile % SLOTS * kTile;
     // Products that follow each other go to different sums: one waits about 33 cycles for the one before it.
     float x[1][2][4] = {}, other[2][4] = {};
 #pragma unroll
@@ -374,7 +371,7 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
       copy_async_wait<kPending>();
       start_copy(2 * tile + SLOTS);
     }
-    const uint32_t value = fresh(ring + (2 * tile + 1) % SLOTS * kTile);
+    const uint32_t value = ring + (2 * tile + 1) % SLOTS * kTile;
 #pragma unroll
     for (int q = 0; q < DIM / 64; ++q) {
       uint4 v[8];

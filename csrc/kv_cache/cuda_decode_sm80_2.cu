@@ -1,5 +1,5 @@
 // Packed decode: 2 bits. See cuda_decode_sm80_packed.cuh.
-#include "kv_cache/cuda_decode_sm80_packed.cuh"
+#include "kv_cache/cuda_decode_sm80_kernel.cuh"
 
 namespace sparsekit {
 

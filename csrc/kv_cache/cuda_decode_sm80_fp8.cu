@@ -1,5 +1,5 @@
 // Packed decode: fp8 e4m3. See cuda_decode_sm80_packed.cuh.
-#include "kv_cache/cuda_decode_sm80_packed.cuh"
+#include "kv_cache/cuda_decode_sm80_kernel.cuh"
 
 namespace sparsekit {
 

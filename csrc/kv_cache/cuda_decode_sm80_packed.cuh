@@ -19,49 +19,9 @@
 #pragma once
 
 #include "kv_cache/cuda_decode_sm80.cuh"
-#include "kv_cache/cuda_decode_sm80.h"
+#include "kv_cache/cuda_decode_sm80_codes.cuh"
 
 namespace sparsekit::cuda {
-
-template <int BITS>
-struct Codes {
-  static constexpr bool kFp8 = BITS == kv_fp8;
-  static constexpr int kPlane = BITS == kv_fp8 ? 8 : BITS == 3 ? 2 : BITS;  // bits of the (first) plane
-  static constexpr int kSteps = 8 / kPlane;                                 // products (k = 16) per word
-  static constexpr int kTokens = kPlane == 8 ? 32 : 64;                     // of a tile
-  static constexpr bool kMixed = kPlane == 2;                               // chunk(g, s) takes both blocks
-  static constexpr bool kHigh = BITS == 3;                                  // a second plane of one bit
-  static constexpr float kUnit = kFp8 ? 256.f : 16777216.f;                 // value = kUnit * operand
-  /// The operand of step j is 2^(kPlane j) too large.
-  static __host__ __device__ constexpr int shift(int j) { return kPlane * j; }
-
-  /// out[2 j] is elements (4 j, 4 j + 2) of a word, out[2 j + 1] is (4 j + 1, 4 j + 3). high: the word of the second
-  /// plane, shifted so that its bit 8 i + j belongs to element 4 j + i.
-  static __device__ __forceinline__ void unpack(uint32_t word, uint32_t high, uint32_t (&out)[2 * kSteps]) {
-    if (kFp8) {
-      const uint32_t low = word << 8;  // sign to bit 15, exponent and mantissa to bits 7 .. 13
-      out[0] = (low & 0x80008000u) | (low >> 1 & 0x3f803f80u);
-      out[1] = (word & 0x80008000u) | (word >> 1 & 0x3f803f80u);
-      return;
-    }
-    const uint32_t later = word >> 8;
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
-      const uint32_t mask = ((1u << kPlane) - 1) * 0x00010001u << (kPlane * j);
-      out[2 * j] = word & mask;
-      out[2 * j + 1] = later & mask;
-      if (kHigh) {
-        const uint32_t bit = 0x00040004u << (2 * j);
-        out[2 * j] |= high << (j + 2) & bit;
-        out[2 * j + 1] |= high >> (6 - j) & bit;
-      }
-    }
-  }
-};
-
-/// Halves (0, 2) and (1, 3) of four neighbours.
-__device__ __forceinline__ uint32_t even_of(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x5410); }
-__device__ __forceinline__ uint32_t odd_of(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x7632); }
 
 /// One shape of the kernel. HALVES: a tile holds two key groups of 32 tokens.
 template <int BITS, int DIM, bool CHANNEL, bool HALVES>
@@ -596,7 +556,6 @@ struct PackedDecode {
     const float bound = kHalfLargest * __uint_as_float(uint32_t(127 - state.exponent) << 23);
     const bool fits = __low2float(most) <= bound && __high2float(most) <= bound;
     if (__builtin_expect(__any_sync(kAllLanes, !fits), 0)) rare_scales(slot, weights);
-    slot = fresh(slot);
 
     uint32_t pairs[2 * kBlocks][2];  // B of k step 2 s + i: tokens (0, 2), (1, 3) of the lane's 4
 #pragma unroll
@@ -705,7 +664,7 @@ struct PackedDecode {
       __syncwarp();  // scales are copied by other lanes than those that read them
       start_copy(2 * tile + kSlots - 1);
       float x[kBlocks][2][4];
-      const uint32_t key = fresh(ring + 2 * tile % kSlots * slot_size);
+      const uint32_t key = ring + 2 * tile % kSlots * slot_size;
       if (CHANNEL) {
         scores_per_channel(key, tile == 0, x);
       } else {
@@ -728,7 +687,7 @@ struct PackedDecode {
       copy_async_wait<kSlots - 2>();
       __syncwarp();
       start_copy(2 * tile + kSlots);
-      add_values(fresh(ring + (2 * tile + 1) % kSlots * slot_size), weights);
+      add_values(ring + (2 * tile + 1) % kSlots * slot_size, weights);
     }
     copy_async_wait<0>();
     // Minima of a group of channels, times their factor, to all of its channels.
@@ -750,61 +709,5 @@ struct PackedDecode {
         p, b, h, slot_of_state, first_row, state, out, [&](int i) { return i / 2 * 32 + 4 * g + i % 2 * 2; }, shared);
   }
 };
-
-/// Slot 0 of a head's states: sinks and ring, in full precision; slot 1 + s: share s of the quantized tokens.
-template <int BITS, int DIM, bool CHANNEL, bool HALVES>
-__global__ void __launch_bounds__(kDecodeThreads, 3) decode_packed(const __grid_constant__ Decode p) {
-  using Kernel = PackedDecode<BITS, DIM, CHANNEL, HALVES>;
-  extern __shared__ __align__(128) uint8_t shared[];
-  const int part = blockIdx.x % p.slots, first_row = blockIdx.x / p.slots * kColumns;
-  const int64_t h = blockIdx.y, b = blockIdx.z;
-  const Lengths n = lengths_of(p.cache, b, h);
-  if (part == 0) {  // rows are the sinks, then the ring
-    const Cache& c = p.cache;
-    const int rows = n.sinks + n.recent;
-    auto number = [&](int i) { return i < n.sinks ? i : i + n.quantized; };
-    auto offset = [&](int i, bool) {
-      return DIM * (i < n.sinks ? c.sink_row(b, h, i) : c.ring_row(b, h, int64_t(n.quantized) + i - n.sinks));
-    };
-    const Share all = {0, (rows + 31) / 32};
-    if (p.kept == DType::bf16) {
-      attend_rows<__nv_bfloat16, DIM, 1>(p, b, h, 0, first_row, n.total(), rows, number, all, c.key.window,
-                                         c.value.window, offset, shared);
-    } else {
-      attend_rows<__half, DIM, 1>(p, b, h, 0, first_row, n.total(), rows, number, all, c.key.window, c.value.window,
-                                  offset, shared);
-    }
-    return;
-  }
-  const Share share = share_of((n.quantized + Kernel::kTokens - 1) / Kernel::kTokens, part - 1, p.splits, kDecodeWarps);
-  const uint32_t ring =
-      shared_address(shared) + threadIdx.x / 32 * Kernel::kSlots * Kernel::slot_bytes(p.cache.key.format.group_size);
-  Kernel(p, b, h, first_row, n, ring).run(share, part, reinterpret_cast<float*>(shared));
-}
-
-template <int BITS, int DIM, bool CHANNEL, bool HALVES>
-PackedDecodeKernel packed_kernel_of(int group_size) {
-  using Kernel = PackedDecode<BITS, DIM, CHANNEL, HALVES>;
-  const size_t ring = size_t(kDecodeWarps) * Kernel::kSlots * Kernel::slot_bytes(group_size);
-  const size_t window = size_t(kDecodeWarps) * 32 * DIM * 2;  // one tile of sinks or ring
-  size_t bytes = ring > window ? ring : window;
-  if (bytes < finish_bytes(DIM)) bytes = finish_bytes(DIM);
-  return {reinterpret_cast<const void*>(&decode_packed<BITS, DIM, CHANNEL, HALVES>), bytes, Kernel::kTokens};
-}
-
-template <int BITS, int DIM>
-PackedDecodeKernel packed_kernel_of(bool per_channel, int group_size) {
-  constexpr bool kHalves = Codes<BITS>::kTokens == 64;
-  if (!per_channel) return packed_kernel_of<BITS, DIM, false, false>(group_size);
-  if (kHalves && group_size == 32) return packed_kernel_of<BITS, DIM, true, kHalves>(group_size);
-  return packed_kernel_of<BITS, DIM, true, false>(group_size);
-}
-
-template <int BITS>
-PackedDecodeKernel packed_kernel_of(int dim, bool per_channel, int group_size) {
-  return dim == 64    ? packed_kernel_of<BITS, 64>(per_channel, group_size)
-         : dim == 128 ? packed_kernel_of<BITS, 128>(per_channel, group_size)
-                      : PackedDecodeKernel{};
-}
 
 }  // namespace sparsekit::cuda
