@@ -265,16 +265,20 @@ def test_activations_on_a_grid(level, activation):
     weight = BlockSparseMatrix.from_dense(torch.eye(16), 16)
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 100, -100, 1e30])])
     x = torch.nn.functional.pad(x, (0, -len(x) % 16)).view(-1, 16)
-    y = x.double()
+    y = x.double().requires_grad_()
     want = {  # without the cancellation of torch's own forms
         "gelu": 0.5 * y * torch.erfc(-y * math.sqrt(0.5)),
         "gelu_tanh": y * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)),
         "silu": y * torch.sigmoid(y),
     }[activation]
+    (slope,) = torch.autograd.grad(want.sum(), y)
+    y, want = y.detach(), want.detach()
+    # On CUDA x itself comes out of three TF32 products with an error of up to 2^-22, which a tail multiplies: by 30 at -5,
+    # by 230 at -10.
+    granted = (y * slope / want).abs().nan_to_num(0, 0, 0) * (2**-22 if level.device == "cuda" else 0)
     got = block_sparse_linear(x, weight, None, activation).double()
-    error = (got - want).abs() / want.abs().clamp(min=1e-35)
-    # At x = -5 the sigmoid of gelu_tanh takes 17: a rounding of that is 1e-6 of the result, and its polynomial has three.
-    assert error[x.abs() < 5].max() < 6e-6 and error[x > -10].max() < 2e-5
+    error = (got - want).abs() / want.abs().clamp(min=1e-35) - granted
+    assert error[x.abs() < 5].max() < 4e-6 and error[x > -10].max() < 2e-5
     assert (got - want).abs().max() <= 1e-6 * want.abs().max()
 
 
