@@ -273,7 +273,8 @@ def test_activations_on_a_grid(level, activation):
     }[activation]
     got = block_sparse_linear(x, weight, None, activation).double()
     error = (got - want).abs() / want.abs().clamp(min=1e-35)
-    assert error[x.abs() < 5].max() < 4e-6 and error[x > -10].max() < 2e-5
+    # At x = -5 the sigmoid of gelu_tanh takes 17: a rounding of that is 1e-6 of the result, and its polynomial has three.
+    assert error[x.abs() < 5].max() < 6e-6 and error[x > -10].max() < 2e-5
     assert (got - want).abs().max() <= 1e-6 * want.abs().max()
 
 

@@ -212,6 +212,19 @@ def test_nasty_sequences(offsets):
     torch.cuda.synchronize()
 
 
+def test_no_sequence():
+    """A packed batch of none: nothing is seen."""
+    cu = torch.zeros(1, dtype=torch.int32, device="cuda")
+    query, key, lse = heads(70, 4, 32), heads(90, 2, 32), torch.zeros(4, 70, device="cuda")
+    packed = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    for reduce in ("mean", "max", "antidiagonal"):
+        assert (selection.block_scores(query, key, 32, reduce=reduce, **packed) == -math.inf).all()
+    assert not selection.row_scores(query, key, lse, **packed).any()
+    assert not selection.attention_block_map(query, key, lse, 32, **packed).any()
+    for result in selection.column_scores(query, key, torch.arange(70, device="cuda"), **packed):
+        assert not result.any()
+
+
 @pytest.mark.parametrize("columns", [2000, 40000, 140000, 600000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_rows_of_every_kind(columns, dtype):

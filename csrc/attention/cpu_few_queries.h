@@ -104,6 +104,7 @@ class Worker {
   void attend() {
     if (p_.key_bias) load_bias();
     const int run = int(smaller(share_keys, larger(1, run_scores / (score_rows_ * score_stride)) * chunk_keys));
+    const int step = score_rows_ <= 2 ? chunk_keys : step_keys;
     for (int first = 0; first < keys_.count; first += run) {
       const int last = int(smaller(first + run, keys_.count));
       for (int n = first, chunk = 0; n < last; n += chunk_keys, ++chunk) {
@@ -112,8 +113,8 @@ class Worker {
       for (int n = first, chunk = 0; n < last; n += chunk_keys, ++chunk) {
         for (int t = 0; t < tile_count_; ++t) weigh(t, chunk, n);
         // More than two rows take several passes over the columns of V: over what L1 holds beside the rest.
-        for (int at = 0; at < chunk_keys && n + at < last; at += step_keys) {
-          for (int t = 0; t < tile_count_; ++t) multiply_values(t, chunk, n + at, at);
+        for (int at = 0; at < chunk_keys && n + at < last; at += step) {
+          for (int t = 0; t < tile_count_; ++t) multiply_values(t, chunk, n + at, at, step);
         }
       }
     }
@@ -269,8 +270,8 @@ class Worker {
     }
   }
 
-  void multiply_values(int t, int chunk, int n, int at) {
-    few::multiply_values<Product, dtype>(keys_.value + n, int(smaller(keys_.count - n, step_keys)),
+  void multiply_values(int t, int chunk, int n, int at, int step) {
+    few::multiply_values<Product, dtype>(keys_.value + n, int(smaller(keys_.count - n, step)),
                                          scores(t, chunk) + at / Product::pair, rescale_[t], tiles_[t].rows,
                                          p_.value_dim, outputs(t), output_stride_);
     for (int r = 0; r < tiles_[t].rows; ++r) rescale_[t][r] = 1;

@@ -2,10 +2,10 @@
 //
 //   S = q k^T,  P = exp2(S scale log2e - m),  l += rowsum P,  O = O exp2(m_old - m) + P v,  out = O / l
 //
-// Tiling: one persistent CTA per multiprocessor, three warpgroups. The first two own 64 rows of a query block of 128 each
-// (208 registers a thread: S 64, O up to 128, P 32) and share its key blocks, 128 keys a step: one block of 128, or any
-// two of 64. One warp of the third loads (88 registers). Query blocks of 64: one consumer warpgroup, two CTAs. Rows of
-// the lists come from a counter over a list that is sorted on the device, the longest first.
+// Tiling: one persistent CTA per multiprocessor, three warpgroups. The first two own 64 rows of a query block of 128
+// each (208 registers a thread: S 64, O up to 128, P 32) and share its key blocks, 128 keys a step: one block of 128,
+// or any two of 64. One warp of the third loads (88 registers). Query blocks of 64: one consumer warpgroup, two CTAs.
+// Rows of the lists come from a counter over a list that is sorted on the device, the longest first.
 //
 // Order: q k^T of a step is issued before P v of the step before, across list rows too. Exponentials are taken with the
 // maximum of earlier steps and only checked (cuda_forward_sm90_softmax.cuh). Keys with any mask take a branch; steps of
@@ -14,7 +14,8 @@
 // Bound: tensor cores and the card's power limit (head dimension 128), the chain from S to P (64), L2 bandwidth (query
 // blocks of 64). Figures: docs/attention-performance-cuda.md.
 //
-// Sources: FlashAttention-3 (Shah et al. 2024) sections 3.1 and 3.2; that O is rescaled rarely is FlashAttention-4's idea.
+// Sources: FlashAttention-3 (Shah et al. 2024) sections 3.1 and 3.2; that O is rescaled rarely is FlashAttention-4's
+// idea.
 #pragma once
 
 #include "attention/cuda_forward_sm90_consumer.cuh"

@@ -120,7 +120,7 @@ class Consumer {
     for (int i = 0; i < Tile::kHead / 16; ++i) {
       const int panel = i / 4, inside = i % 4 * 32;
       wgmma_shared<Element>(s, descriptor(q + ((panel * Tile::kQueryPanel + inside) >> 4)),
-                                           descriptor(k + ((panel * Tile::kKeyPanel + inside) >> 4)), i > 0);
+                            descriptor(k + ((panel * Tile::kKeyPanel + inside) >> 4)), i > 0);
     }
     wgmma_commit();
   }
@@ -160,8 +160,8 @@ class Consumer {
       // Blocks of 128 have 16 bytes of bits a row, shared by both halves; blocks of 64 lie behind one another.
       const bool upper = Tile::kHalves == 2 ? half : what & kUpper;
       const int in_block = p.lists.block_k == 128 ? 8 * upper : half * Tile::kRows * 8;
-      hide_keys(s + 32 * half, p, list, list.first + local, starts_[half], what, bits + in_block + local * stride, stride,
-                positions + half * kHalf * 4, lane_ % 4);
+      hide_keys(s + 32 * half, p, list, list.first + local, starts_[half], what, bits + in_block + local * stride,
+                stride, positions + half * kHalf * 4, lane_ % 4);
     }
   }
 

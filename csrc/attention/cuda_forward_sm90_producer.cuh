@@ -1,8 +1,8 @@
 // The producer warp of the Hopper forward: takes list rows, walks their key blocks and keeps TMA loading.
 //
 // Everything it reads from lists is fetched ahead: 32 entries of a row while the 32 before are at work, and the next
-// row's number, counts and first entries during the current row, one dependent load per step. All 32 lanes walk together;
-// each holds one slot.
+// row's number, counts and first entries during the current row, one dependent load per step. All 32 lanes walk
+// together; each holds one slot.
 #pragma once
 
 #include "attention/cuda_forward_sm90_tile.cuh"
@@ -77,7 +77,8 @@ __device__ __forceinline__ ListRow list_row_of(const ForwardArguments& a, const 
 /// of 32.
 class UnitWalk {
  public:
-  __device__ __forceinline__ UnitWalk(const ForwardArguments& a, const RowHead& head, int row, const ListRow& list, int lane)
+  __device__ __forceinline__ UnitWalk(const ForwardArguments& a, const RowHead& head, int row, const ListRow& list,
+                                      int lane)
       : a_(a),
         p_(a.call),
         list_(list),

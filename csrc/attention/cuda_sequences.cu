@@ -21,8 +21,8 @@ __device__ Bounds bounds(const int32_t* cu_seqlens, int s, int length) {
   return {begin, min(max(cu_seqlens[s + 1], begin), length)};
 }
 
-__global__ void __launch_bounds__(kThreads) find_extents(const __grid_constant__ AttentionProblem p, int4* extents,
-                                                         int32_t* starts) {
+__global__ void __launch_bounds__(kThreads)
+    find_extents(const __grid_constant__ AttentionProblem p, int4* extents, int32_t* starts) {
   __shared__ int warp_sums[kThreads / kWarpSize];
   const int thread = threadIdx.x, sequences = int(p.sequences), len_q = int(p.len_q), block = p.lists.block_q;
   const int each = (sequences + kThreads - 1) / kThreads;

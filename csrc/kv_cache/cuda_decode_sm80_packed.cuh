@@ -135,8 +135,8 @@ struct PackedDecode {
       }
     }
     largest = row_max(largest);
-    // 2^k that brings |q| below 1.
-    const int high = min(int(__float_as_uint(largest) >> 23), 252);
+    // 2^k that brings |q| below 1; of a row of zeros a k that 2^15 more leaves finite.
+    const int high = min(max(int(__float_as_uint(largest) >> 23), 16), 252);
     float down = __uint_as_float(uint32_t(253 - high) << 23);
     const float up = 1.f / down;
     exponent = CHANNEL ? 15 : 0;

@@ -96,6 +96,7 @@ struct Job {
   std::vector<float> query;                // [batch, heads_q, len_q, head_dim]
   std::vector<float> acc, largest, total;  // [piece][rows]...
   int64_t rows = 0;                        // of one key head
+  int64_t next = 0;                        // the piece to take next
 };
 
 void run_piece(Job& job, int64_t at, float* scratch) {
@@ -278,7 +279,7 @@ Status decode_attention(const DecodeAttention& p, const ParallelFor& parallel) {
   for (const Entry& entry : table) {
     if (!kernel && !refuses(entry, p)) kernel = entry.kernel;
   }
-  Job job{p, *kernel, {}, {}, {}, {}, {}, {}};
+  Job job{p, *kernel, {}, {}, {}, {}, {}, {}, 0, 0};
   job.rows = p.heads_q / p.heads_kv * p.len_q;
   plan_pieces(job);
   load_query(job);
@@ -289,14 +290,18 @@ Status decode_attention(const DecodeAttention& p, const ParallelFor& parallel) {
   if (p.scores) {
     for (int64_t i = 0; i < p.batch * p.heads_q * p.len_q * p.scores_length; ++i) p.scores[i] = -INFINITY;
   }
+  // Threads take pieces from a counter: of two fixed halves one was done 10 % before the other on a shared machine.
   parallel(
-      0, pieces, 1,
-      [](int64_t first, int64_t last, void* context) {
+      0, std::max<int64_t>(1, std::min<int64_t>(parallel.threads, pieces)), 1,
+      [](int64_t, int64_t, void* context) {
         Job& job = *static_cast<Job*>(context);
         std::vector<float> scratch(job.kernel.scratch(job.p) + 16);
         auto address = reinterpret_cast<uintptr_t>(scratch.data());
         float* aligned = scratch.data() + (64 - address % 64) % 64 / sizeof(float);
-        for (int64_t at = first; at < last; ++at) run_piece(job, at, aligned);
+        int64_t pieces = int64_t(job.pieces.size());
+        for (int64_t at; (at = __atomic_fetch_add(&job.next, 1, __ATOMIC_RELAXED)) < pieces;) {
+          run_piece(job, at, aligned);
+        }
       },
       &job);
   parallel(

@@ -132,9 +132,9 @@ struct Spans {
   __device__ __forceinline__ Span whole() const { return {0, len_q, 0, len_k, 0, 0, 0}; }
 };
 
-/// Bytes of workspace for the table.
+/// Bytes of workspace for the table; some even for no sequence, as null says that the batch is not packed.
 inline size_t spans_bytes(const AttentionProblem& p) {
-  return p.packed() ? ceil_div<size_t>(size_t(p.sequences) * sizeof(Span), 256) * 256 : 0;
+  return p.packed() ? ceil_div<size_t>(size_t(p.sequences + 1) * sizeof(Span), 256) * 256 : 0;
 }
 
 /// The sequences of `p`; `workspace` has spans_bytes(p) bytes.

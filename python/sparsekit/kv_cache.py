@@ -488,10 +488,10 @@ class KVCache:
         for name, new in self._new_pools(self.key_window, self.batch_size * pages).items():
             setattr(self, name, new)
             if old[name].numel():
-                kept = self._of_sequences(old[name])  # [B, H, blocks or groups, ...]
-                whole = new.new_zeros(*kept.shape[:2], pages * new.shape[2], *kept.shape[3:])
-                whole[:, :, : kept.shape[2]] = kept
-                new.unflatten(0, (self.batch_size, pages)).copy_(whole.unflatten(2, (pages, -1)).transpose(1, 2))
+                kept = self._of_sequences(old.pop(name))  # [B, H, blocks or groups, ...]
+                paged, size = new.unflatten(0, (self.batch_size, pages)), new.shape[2]
+                for page, part in enumerate(kept.split(size, 2)):
+                    paged[:, page, :, : part.shape[2]] = part
 
     def _rotated(self, x: Tensor, dim: int) -> Tensor:
         if not self.rotate:

@@ -234,6 +234,7 @@ def measure(name: str, device: str, stopwatch: Stopwatch) -> dict:
 
 
 def show(results: list[dict], device: str, console) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"Tokens, {machine(device)}, torch {torch.__version__}", title_justify="left")
@@ -244,7 +245,7 @@ def show(results: list[dict], device: str, console) -> None:
             mine = row["name"] == "sparsekit"
             table.add_row(
                 result["case"] if mine else "",
-                row["name"],
+                escape(row["name"]),
                 f"{row['milliseconds']:.3g}",
                 f"{row['gigabytes_per_second']:.3g}",
                 "" if mine else f"{row['speedup_of_sparsekit']:.2f}x",
