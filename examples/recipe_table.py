@@ -168,6 +168,7 @@ def draw(rows, title: str, file: Path):
     axes.plot(*zip(*points, strict=True), "--", color="0.5", lw=1, label="control: first and last keys")
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=0.01)
+    axes.set_ylim(bottom=min(0.0, min(run.perplexity / dense - 1 for run, _, _ in rows[1:])) - 0.001)
     axes.axhline(0.01, color="0.8", lw=0.8)
     axes.set(xlabel="share of causal pairs attended to", ylabel="perplexity above dense (0.01 = 1 %)")
     axes.set_title(title, fontsize=8, color="0.3")
