@@ -42,7 +42,7 @@ inline ProductCall product_call(const BlockSparseProduct& p) {
   call.pattern = w;
   call.offsets = p.transposed ? p.transpose.ccol : w.crow;
   call.neighbour = p.transposed ? p.transpose.row : w.col;
-  call.place = p.transpose.entry;
+  if (p.transposed) call.place = p.transpose.entry;
   call.values = p.values;
   call.input = p.input;
   call.out = output_of(p);
