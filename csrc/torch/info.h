@@ -33,14 +33,4 @@ inline AttentionProblem plan_problem(ScalarType dtype, int64_t head_dim, int64_t
   return problem;
 }
 
-/// One line per implementation, best first: "name: runs" or "name: reason".
-inline std::string plan_text(const AttentionPlan& plan) {
-  std::string text;
-  for (int i = 0; i < plan.count; ++i) {
-    text += std::string(i ? "\n" : "") + plan.entries[i].name + ": " +
-            (plan.entries[i].reason ? plan.entries[i].reason : "runs");
-  }
-  return text;
-}
-
 }  // namespace sparsekit

@@ -12,13 +12,7 @@ std::string decode_plan_cpu(ScalarType dtype, int64_t head_dim, int64_t value_di
   problem.dtype = to_dtype(dtype, "dtype");
   problem.head_dim = int32_t(head_dim);
   problem.value_dim = int32_t(value_dim);
-  DecodePlan plan = decode_plan(problem);
-  std::string text;
-  for (int i = 0; i < plan.count; ++i) {
-    text += std::string(i ? "\n" : "") + plan.entries[i].name + ": " +
-            (plan.entries[i].reason ? plan.entries[i].reason : "runs");
-  }
-  return text;
+  return plan_text(decode_plan(problem));
 }
 
 }  // namespace

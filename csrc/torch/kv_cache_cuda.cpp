@@ -63,13 +63,7 @@ std::string decode_plan_cuda(ScalarType dtype, int64_t head_dim, int64_t value_d
   } else {
     problem.plain = &plain;
   }
-  DecodePlan plan = decode_plan(problem, context);
-  std::string text;
-  for (int i = 0; i < plan.count; ++i) {
-    text += std::string(i ? "\n" : "") + plan.entries[i].name + ": " +
-            (plan.entries[i].reason ? plan.entries[i].reason : "runs");
-  }
-  return text;
+  return plan_text(decode_plan(problem, context));
 }
 
 }  // namespace

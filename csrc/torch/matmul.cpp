@@ -21,13 +21,7 @@ std::string matmul_plan_cpu(ScalarType dtype, std::vector<int64_t> block_size) {
   product.dtype = to_dtype(dtype, "dtype");
   product.pattern.block_rows = int32_t(block_size[0]);
   product.pattern.block_cols = int32_t(block_size[1]);
-  MatmulPlan plan = block_sparse_plan(product);
-  std::string text;
-  for (int i = 0; i < plan.count; ++i) {
-    text += std::string(i ? "\n" : "") + plan.entries[i].name + ": " +
-            (plan.entries[i].reason ? plan.entries[i].reason : "runs");
-  }
-  return text;
+  return plan_text(block_sparse_plan(product));
 }
 
 }  // namespace

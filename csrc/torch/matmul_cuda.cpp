@@ -38,13 +38,7 @@ std::string matmul_plan_cuda(ScalarType dtype, std::vector<int64_t> block_size, 
   product.tokens = tokens;
   product.transposed = transposed;
   product.input.feature = product.output.feature = 1;
-  const MatmulPlan plan = block_sparse_plan(product, context);
-  std::string text;
-  for (int i = 0; i < plan.count; ++i) {
-    text += std::string(i ? "\n" : "") + plan.entries[i].name + ": " +
-            (plan.entries[i].reason ? plan.entries[i].reason : "runs");
-  }
-  return text;
+  return plan_text(block_sparse_plan(product, context));
 }
 
 }  // namespace

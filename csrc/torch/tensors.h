@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "sparsekit/parallel.h"
@@ -138,6 +139,17 @@ static inline ParallelFor torch_parallel() {
   TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
   parallel.threads = int32_t(threads);
   return parallel;
+}
+
+/// A plan of any family as text, a line per implementation, best first: "name: runs" or "name: why it refuses".
+template <class Plan>
+std::string plan_text(const Plan& plan) {
+  std::string text;
+  for (int i = 0; i < plan.count; ++i) {
+    text += std::string(i ? "\n" : "") + plan.entries[i].name + ": " +
+            (plan.entries[i].reason ? plan.entries[i].reason : "runs");
+  }
+  return text;
 }
 
 }  // namespace sparsekit

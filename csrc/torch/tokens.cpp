@@ -8,7 +8,7 @@ namespace sparsekit {
 namespace {
 
 std::string tokens_plan_cpu(ScalarType dtype, bool match) {
-  return plan_lines(tokens_plan(to_token_type(dtype), match));
+  return plan_text(tokens_plan(to_token_type(dtype), match));
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ std::string tokens_plan_cuda_text(ScalarType dtype, bool match) {
   int32_t device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&device));
   cuda_device_properties(device, &context.compute_capability, &context.multiprocessors);
-  return plan_lines(tokens_plan_cuda(to_token_type(dtype), match, context));
+  return plan_text(tokens_plan_cuda(to_token_type(dtype), match, context));
 }
 
 }  // namespace

@@ -56,15 +56,6 @@ TokenType to_token_type(ScalarType type) {
   }
 }
 
-std::string plan_lines(const TokensPlan& plan) {
-  std::string text;
-  for (int i = 0; i < plan.count; ++i) {
-    if (i) text += "\n";
-    text += std::string(plan.entries[i].name) + ": " + (plan.entries[i].reason ? plan.entries[i].reason : "runs");
-  }
-  return text;
-}
-
 TokenTensor TokenTensors::view(const Tensor& given, int64_t dim, bool packed, const char* name, size_t number) {
   const int64_t token = dim - (packed ? 1 : 0), outer = packed ? 0 : 1;
   if (dim < 1 || token >= given.dim()) {

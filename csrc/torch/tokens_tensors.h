@@ -42,7 +42,4 @@ class TokenTensors {
 
 TokenType to_token_type(ScalarType type);
 
-/// One line per implementation, best first: "name: runs" or "name: reason".
-std::string plan_lines(const TokensPlan& plan);
-
 }  // namespace sparsekit
