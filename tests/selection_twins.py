@@ -6,12 +6,6 @@ import torch
 
 from backends import BACKENDS
 
-
-def has_kernel(op: str, backend) -> bool:
-    """Whether an op runs on the backend's device: a device may lack some of them for now."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekit::{op}", backend.device.upper())
-
-
 DEVICES = sorted({backend.device for backend in BACKENDS})
 
 
