@@ -1,19 +1,14 @@
-// kv_append, kv_crop and kv_compact on CUDA: every head reads its own lengths, so nothing waits for the host.
-//
-// Append: a head's recent tokens, those of the ring and the new ones, are quantized a unit at a time while at least
-// `window` stay (cuda_quantize.cuh); what is left of the new ones goes to the ring, and then the lengths change. Short
-// appends are one launch, one CTA per head: a decode step costs a launch and a copy. Longer ones quantize in a launch
-// of their own, a CTA per unit, tensor and 128 channels. Bound: memory.
+// kv_crop and kv_compact on CUDA.
 //
 // Crop: a CTA per head; at most one unit goes back to the ring. Compact: three launches. `plan` lists what is kept,
 // saves what is needed from the ring and moves sinks; `move` rewrites the units of a head in ascending order, a CTA per
 // tensor and 128 channels (what later units need stands behind the unit that is written); `settle` writes the ring and
-// the lengths.
+// the lengths. Both are rare: elements are read and written one by one, whatever their type. Bound: latency.
 #include <cuda_runtime.h>
 
 #include "common/cuda/launch.h"
 #include "common/cuda/mma.cuh"
-#include "kv_cache/cuda_quantize.cuh"
+#include "kv_cache/cuda_cache.cuh"
 #include "sparsekit/attention.h"
 
 namespace sparsekit {
@@ -22,135 +17,35 @@ namespace {
 using namespace sparsekit::cuda;
 
 constexpr int kThreads = kQuantizeThreads;
-constexpr int kMostUnitsAtOnce = 2;  // of a head that one CTA quantizes on its own
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-__host__ __device__ inline int slices_of(int dim) { return (dim + kSlice - 1) / kSlice; }
-
-/// Copies a row of `bytes` (a multiple of 16) by 16 bytes, thread `thread` of `threads`.
-__device__ __forceinline__ void copy_row(void* to, const void* from, int bytes, int thread, int threads) {
-  for (int i = thread * 16; i < bytes; i += threads * 16)
-    *reinterpret_cast<uint4*>(static_cast<char*>(to) + i) =
-        *reinterpret_cast<const uint4*>(static_cast<const char*>(from) + i);
-}
-
-/// Tokens of `recent` that leave the ring.
-__host__ __device__ inline int64_t flushed(const Cache& c, int64_t recent) {
-  return recent < c.ring ? 0 : (recent - c.window) / c.unit * c.unit;
-}
-
-// ---- append
-
-struct Append {
-  Cache cache;
-  DType dtype;
-  int64_t tokens;
-  InputView key, value;
-  const int32_t* counts;
-};
-
-struct AppendPlan {
-  Lengths n;
-  int count, sinks, flush;  // new tokens; of them to the sinks; tokens that leave the ring
-  bool fits;
-};
-
-/// The same for every thread of a CTA; all of them call it.
-__device__ AppendPlan plan_append(const Append& a, int64_t b, int64_t h) {
-  const Cache& c = a.cache;
-  AppendPlan plan;
-  plan.n = lengths_of(c, b, h);
-  plan.count = int(a.counts ? min(max(int64_t(a.counts[b]), int64_t(0)), a.tokens) : a.tokens);
-  plan.sinks = plan.n.quantized + plan.n.recent == 0 ? min(plan.count, c.sinks - plan.n.sinks) : 0;
-  plan.flush = int(flushed(c, int64_t(plan.n.recent) + plan.count - plan.sinks));
-  plan.fits = int64_t(plan.n.quantized) + plan.flush <= c.capacity();
-  if (c.block_table && plan.fits && plan.flush > 0) {
-    const int last = (plan.n.quantized + plan.flush - 1) / c.page_size;
-    bool bad = false;
-    for (int i = plan.n.quantized / c.page_size + int(threadIdx.x); i <= last; i += kThreads)
-      bad |= c.page(b, h, i) < 0;
-    plan.fits = !__syncthreads_or(bad);
+// Out of line, with the type at run time: one kernel instead of three, and nothing here is in a hurry.
+__device__ __noinline__ float load_element(const char* row, int d, DType dtype) {
+  switch (dtype) {
+    case DType::f32: return reinterpret_cast<const float*>(row)[d];
+    case DType::f16: return to_float(reinterpret_cast<const __half*>(row)[d]);
+    default: return to_float(reinterpret_cast<const __nv_bfloat16*>(row)[d]);
   }
-  return plan;
 }
-
-/// Quantizes unit `unit` of what leaves the ring: `part` counts 128 channels of keys, then of values.
-template <int PER>
-__device__ __forceinline__ void flush_unit(const Append& a, const AppendPlan& plan, int64_t b, int64_t h, int unit,
-                                           int part, QuantizeShared& shared) {
-  const Cache& c = a.cache;
-  const int keys = slices_of(c.key.format.dim), slice = part < keys ? part : part - keys;
-  const Pool& pool = part < keys ? c.key : c.value;
-  const InputView& view = part < keys ? a.key : a.value;
-  const int first = plan.n.quantized + unit * c.unit, held = plan.n.quantized + plan.n.recent;
-  const int64_t size = a.dtype == DType::f32 ? 4 : 2, fresh = b * view.batch + h * view.head;
-  float4 x[PER];
-  load_tile<PER>(
-      pool.format, a.dtype, PER * kQuantizeWarps, slice,
-      [&](int t) {
-        const int token = first + t;
-        return token < held ? static_cast<const char*>(pool.window) + c.ring_row(b, h, token) * pool.format.dim * size
-                            : static_cast<const char*>(view.data) +
-                                  (fresh + int64_t(token - held + plan.sinks) * view.row) * size;
-      },
-      x);
-  quantize_tile<PER>(pool.format, PER * kQuantizeWarps, PER * kQuantizeWarps / kv_block, slice, x,
-                     c.place(pool, b, h, first), shared);
-}
-
-template <int PER>
-__global__ void __launch_bounds__(kThreads, PER == 16 ? 1 : 2) append_flush(const __grid_constant__ Append a) {
-  __shared__ QuantizeShared shared;
-  const Cache& c = a.cache;
-  const int64_t b = blockIdx.y / c.heads, h = blockIdx.y % c.heads;
-  const AppendPlan plan = plan_append(a, b, h);
-  const int unit = blockIdx.x;
-  if (!plan.fits || unit * c.unit >= plan.flush) return;
-  flush_unit<PER>(a, plan, b, h, unit, blockIdx.z, shared);
-}
-
-template <int PER>
-__global__ void __launch_bounds__(kThreads, PER == 16 ? 1 : 2)
-    append_rest(const __grid_constant__ Append a, bool quantizes) {
-  __shared__ QuantizeShared shared;
-  const Cache& c = a.cache;
-  const int64_t b = blockIdx.x / c.heads, h = blockIdx.x % c.heads;
-  const AppendPlan plan = plan_append(a, b, h);
-  if (!plan.fits) return;
-  const int parts = slices_of(c.key.format.dim) + slices_of(c.value.format.dim);
-  for (int at = 0; quantizes && at / parts * c.unit < plan.flush; ++at)
-    flush_unit<PER>(a, plan, b, h, at / parts, at % parts, shared);
-  __syncthreads();  // ring slots that were read are written now, and lengths below
-  const int held = plan.n.quantized + plan.n.recent, kept = plan.n.quantized + plan.flush;
-  const int first = max(plan.sinks, kept - held + plan.sinks);  // the first new token that stays in the ring
-  const int rows = plan.sinks + plan.count - first;
-  const int group = threadIdx.x / 16, lane = threadIdx.x % 16;
-  for (int i = group; i < 2 * rows; i += kThreads / 16) {
-    const Pool& pool = i < rows ? c.key : c.value;
-    const InputView& view = i < rows ? a.key : a.value;
-    const int at = i < rows ? i : i - rows, j = at < plan.sinks ? at : first + at - plan.sinks;
-    const int64_t row = j < plan.sinks ? c.sink_row(b, h, plan.n.sinks + j) : c.ring_row(b, h, held + j - plan.sinks);
-    const int size = a.dtype == DType::f32 ? 4 : 2, bytes = pool.format.dim * size;
-    copy_row(static_cast<char*>(pool.window) + row * bytes,
-             static_cast<const char*>(view.data) + (b * view.batch + h * view.head + j * view.row) * size, bytes, lane,
-             16);
+__device__ __noinline__ void store_element(char* row, int d, DType dtype, float x) {
+  switch (dtype) {
+    case DType::f32: reinterpret_cast<float*>(row)[d] = x; break;
+    case DType::f16: reinterpret_cast<__half*>(row)[d] = from_float<__half>(x); break;
+    default: reinterpret_cast<__nv_bfloat16*>(row)[d] = from_float<__nv_bfloat16>(x);
   }
-  if (threadIdx.x == 0) {
-    int32_t* n = c.lengths + (b * c.heads + h) * 3;
-    n[0] = plan.n.sinks + plan.sinks;
-    n[1] = kept;
-    n[2] = plan.n.recent + plan.count - plan.sinks - plan.flush;
-  }
+}
+__host__ __device__ inline int bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+__device__ inline char* window_row(const Pool& pool, int64_t row, DType dtype) {
+  return static_cast<char*>(pool.window) + row * pool.format.dim * bytes_of(dtype);
 }
 
 // ---- crop
 
 struct Crop {
   Cache cache;
+  DType dtype;
   const int32_t* limits;
 };
 
-template <class Element>
 __global__ void __launch_bounds__(kThreads) crop(const __grid_constant__ Crop a) {
   const Cache& c = a.cache;
   const int64_t b = blockIdx.x / c.heads, h = blockIdx.x % c.heads;
@@ -167,8 +62,8 @@ __global__ void __launch_bounds__(kThreads) crop(const __grid_constant__ Crop a)
         const int token = start + at / f.dim, d = at % f.dim;
         const Place place = c.place(pool, b, h, token / f.unit * f.unit);
         if (!place.codes) continue;
-        static_cast<Element*>(pool.window)[c.ring_row(b, h, token) * f.dim + d] =
-            from_float<Element>(element_of(f, place, token % f.unit, d));
+        store_element(window_row(pool, c.ring_row(b, h, token), a.dtype), d, a.dtype,
+                      element_of(f, place, token % f.unit, d));
       }
     }
     n.quantized = start;
@@ -189,6 +84,7 @@ __global__ void __launch_bounds__(kThreads) crop(const __grid_constant__ Crop a)
 
 struct Compact {
   Cache cache;
+  DType dtype;
   const int32_t* keep;
   int64_t keep_heads, count;
   // Workspace, per head: what is kept [count]; its plan; rows [2][ring] of keys and of values: those that come from the
@@ -204,10 +100,9 @@ struct CompactPlan {
   int32_t sinks, total, from_pages, packed;
 };
 
-template <class Element>
-__device__ __forceinline__ Element* spare_row(const Compact& a, const Pool& pool, int64_t head, int half, int64_t row) {
-  auto* rows = static_cast<Element*>(pool.format.value_layout ? a.value_rows : a.key_rows);
-  return rows + ((head * 2 + half) * a.cache.ring + row) * pool.format.dim;
+__device__ __forceinline__ char* spare_row(const Compact& a, const Pool& pool, int64_t head, int half, int64_t row) {
+  auto* rows = static_cast<char*>(pool.format.value_layout ? a.value_rows : a.key_rows);
+  return rows + ((head * 2 + half) * a.cache.ring + row) * pool.format.dim * bytes_of(a.dtype);
 }
 
 /// Inclusive sum or maximum over the threads of a CTA before and including this one; all of them call it.
@@ -226,7 +121,6 @@ __device__ int scan(int x, int* warps) {
   return x;
 }
 
-template <class Element>
 __global__ void __launch_bounds__(kThreads) compact_plan(const __grid_constant__ Compact a) {
   __shared__ int warps[kThreads / 32], last_place, last_largest, sinks, from_pages;
   const Cache& c = a.cache;
@@ -273,28 +167,25 @@ __global__ void __launch_bounds__(kThreads) compact_plan(const __grid_constant__
   const int saved = plan.total - plan.from_pages, group = threadIdx.x / 16, lane = threadIdx.x % 16;
   for (int tensor = 0; tensor < 2; ++tensor) {
     const Pool& pool = tensor ? c.value : c.key;
-    const int bytes = pool.format.dim * int(sizeof(Element));
-    auto* window = static_cast<Element*>(pool.window);
+    const int bytes = pool.format.dim * bytes_of(a.dtype);
     for (int i = group; i < saved; i += kThreads / 16) {
       const int token = kept[plan.from_pages + i] - n.sinks;
-      copy_row(spare_row<Element>(a, pool, head, 0, i), window + c.ring_row(b, h, token) * pool.format.dim, bytes, lane,
-               16);
+      copy_row(spare_row(a, pool, head, 0, i), window_row(pool, c.ring_row(b, h, token), a.dtype), bytes, lane, 16);
     }
     // Sinks move down in order, each thread its own bytes of every row.
     for (int i = threadIdx.x; i < bytes / 16; i += kThreads) {
-      auto* rows = reinterpret_cast<uint4*>(window + c.sink_row(b, h, 0) * pool.format.dim) + i;
+      auto* rows = reinterpret_cast<uint4*>(window_row(pool, c.sink_row(b, h, 0), a.dtype)) + i;
       for (int j = 0; j < plan.sinks; ++j) rows[j * (bytes / 16)] = rows[(kept - plan.sinks)[j] * (bytes / 16)];
     }
   }
 }
 
-/// Element d of kept token i, without the sinks. Out of line: compacting is rare, compiling is not.
-template <class Element>
+/// Element d of kept token i, without the sinks.
 __device__ __noinline__ float kept_element(const Compact& a, bool value, int64_t head, int i, int d) {
   const Cache& c = a.cache;
   const Pool& pool = value ? c.value : c.key;
   const CompactPlan plan = a.plans[head];
-  if (i >= plan.from_pages) return to_float(spare_row<Element>(a, pool, head, 0, i - plan.from_pages)[d]);
+  if (i >= plan.from_pages) return load_element(spare_row(a, pool, head, 0, i - plan.from_pages), d, a.dtype);
   const int64_t b = head / c.heads, h = head % c.heads;
   const int token = a.kept[head * a.count + plan.sinks + i] - lengths_of(c, b, h).sinks, unit = pool.format.unit;
   const Place place = c.place(pool, b, h, token / unit * unit);
@@ -302,7 +193,7 @@ __device__ __noinline__ float kept_element(const Compact& a, bool value, int64_t
 }
 
 /// The units of one tensor and 128 channels, whose units have OWN tokens.
-template <class Element, int OWN>
+template <int OWN>
 __device__ __forceinline__ void move_units(const Compact& a, const Pool& pool, int64_t head, int slice,
                                            QuantizeShared& shared) {
   const Cache& c = a.cache;
@@ -312,12 +203,12 @@ __device__ __forceinline__ void move_units(const Compact& a, const Pool& pool, i
   const CompactPlan plan = a.plans[head];
   const int32_t* kept = a.kept + head * a.count + plan.sinks;
   auto token_of = [&](int i) { return kept[i] - n.sinks; };
-  auto element = [&](int i, int d) { return kept_element<Element>(a, f.value_layout, head, i, d); };
+  auto element = [&](int i, int d) { return kept_element(a, f.value_layout, head, i, d); };
   const int channels = min(f.dim - slice * kSlice, kSlice), first = slice * kSlice;
   // What goes to the ring, before the pages are rewritten.
   for (int at = threadIdx.x; at < (plan.total - plan.packed) * channels; at += kThreads) {
     const int i = plan.packed + at / channels, d = first + at % channels;
-    spare_row<Element>(a, pool, head, 1, i - plan.packed)[d] = from_float<Element>(element(i, d));
+    store_element(spare_row(a, pool, head, 1, i - plan.packed), d, a.dtype, element(i, d));
   }
   const int groups = f.per_channel ? channels : (channels + f.group_size - 1) / f.group_size;
   for (int start = 0; start < plan.packed; start += OWN) {
@@ -374,20 +265,18 @@ __device__ __forceinline__ void move_units(const Compact& a, const Pool& pool, i
   }
 }
 
-template <class Element>
 __global__ void __launch_bounds__(kThreads) compact_move(const __grid_constant__ Compact a) {
   __shared__ QuantizeShared shared;
   const int keys = slices_of(a.cache.key.format.dim), at = blockIdx.y;
   const Pool& pool = at < keys ? a.cache.key : a.cache.value;
   const int slice = at < keys ? at : at - keys;
   switch (pool.format.unit) {
-    case 32: move_units<Element, 32>(a, pool, blockIdx.x, slice, shared); break;
-    case 64: move_units<Element, 64>(a, pool, blockIdx.x, slice, shared); break;
-    default: move_units<Element, 128>(a, pool, blockIdx.x, slice, shared);
+    case 32: move_units<32>(a, pool, blockIdx.x, slice, shared); break;
+    case 64: move_units<64>(a, pool, blockIdx.x, slice, shared); break;
+    default: move_units<128>(a, pool, blockIdx.x, slice, shared);
   }
 }
 
-template <class Element>
 __global__ void __launch_bounds__(kThreads) compact_settle(const __grid_constant__ Compact a) {
   const Cache& c = a.cache;
   const int64_t head = blockIdx.x, b = head / c.heads, h = head % c.heads;
@@ -396,8 +285,8 @@ __global__ void __launch_bounds__(kThreads) compact_settle(const __grid_constant
   for (int i = group; i < 2 * rows; i += kThreads / 16) {
     const Pool& pool = i < rows ? c.key : c.value;
     const int at = i < rows ? i : i - rows;
-    copy_row(static_cast<Element*>(pool.window) + c.ring_row(b, h, plan.packed + at) * pool.format.dim,
-             spare_row<Element>(a, pool, head, 1, at), pool.format.dim * int(sizeof(Element)), lane, 16);
+    copy_row(window_row(pool, c.ring_row(b, h, plan.packed + at), a.dtype), spare_row(a, pool, head, 1, at),
+             pool.format.dim * bytes_of(a.dtype), lane, 16);
   }
   if (threadIdx.x == 0) {
     int32_t* n = c.lengths + head * 3;
@@ -407,92 +296,28 @@ __global__ void __launch_bounds__(kThreads) compact_settle(const __grid_constant
   }
 }
 
-// ---- launches
-
-Status check_heads(const Cache& c) {
-  if (c.batch * c.heads <= 0x7fffffff) return {};
-  return error(Status::Kind::unsupported, "the cache has %lld heads; supported: 2^31 - 1",
-               (long long)(c.batch * c.heads));
-}
-
-template <class Arguments>
-Status launch(const void* kernel, dim3 grid, const Arguments& arguments, const CudaContext& context, const char* what) {
-  void* pointers[] = {const_cast<Arguments*>(&arguments)};
-  return status_of(
-      cudaLaunchKernel(kernel, grid, dim3(kThreads), pointers, 0, static_cast<cudaStream_t>(context.stream)), what);
-}
-
-template <int PER>
-Status append_tokens(const Append& a, const CudaContext& context) {
-  const Cache& c = a.cache;
-  const int64_t heads = c.batch * c.heads;
-  const int64_t units = flushed(c, c.ring + a.tokens) / c.unit;  // at most: the ring was about to flush
-  bool quantizes = units <= kMostUnitsAtOnce;
-  if (!quantizes) {
-    const unsigned slices = unsigned(slices_of(c.key.format.dim) + slices_of(c.value.format.dim));
-    if (heads > 65535) {
-      return error(Status::Kind::unsupported,
-                   "key: %lld tokens for %lld heads; supported for more than 65535 heads: %d", (long long)a.tokens,
-                   (long long)heads, kMostUnitsAtOnce * c.unit);
-    }
-    Status status = launch(reinterpret_cast<const void*>(&append_flush<PER>),
-                           dim3(unsigned(units), unsigned(heads), slices), a, context, "kv_cache_append");
-    if (!status.ok()) return status;
-  }
-  void* pointers[] = {const_cast<Append*>(&a), &quantizes};
-  return status_of(cudaLaunchKernel(reinterpret_cast<const void*>(&append_rest<PER>), dim3(unsigned(heads)),
-                                    dim3(kThreads), pointers, 0, static_cast<cudaStream_t>(context.stream)),
-                   "kv_cache_append");
-}
-
-template <class Element>
 Status compact_heads(const Compact& a, const CudaContext& context) {
   const unsigned heads = unsigned(a.cache.batch * a.cache.heads);
   const unsigned slices = unsigned(slices_of(a.cache.key.format.dim) + slices_of(a.cache.value.format.dim));
-  Status status =
-      launch(reinterpret_cast<const void*>(&compact_plan<Element>), dim3(heads), a, context, "kv_cache_compact");
+  Status status = launch(reinterpret_cast<const void*>(&compact_plan), dim3(heads), a, context, "kv_cache_compact");
   if (status.ok())
-    status = launch(reinterpret_cast<const void*>(&compact_move<Element>), dim3(heads, slices), a, context,
-                    "kv_cache_compact");
+    status = launch(reinterpret_cast<const void*>(&compact_move), dim3(heads, slices), a, context, "kv_cache_compact");
   if (status.ok())
-    status =
-        launch(reinterpret_cast<const void*>(&compact_settle<Element>), dim3(heads), a, context, "kv_cache_compact");
+    status = launch(reinterpret_cast<const void*>(&compact_settle), dim3(heads), a, context, "kv_cache_compact");
   return status;
 }
 
-int64_t aligned_bytes(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+int64_t aligned_bytes(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 }  // namespace
 
-Status kv_append(const KvAppend& arguments, const CudaContext& context) {
-  Status status = kv_check(arguments.cache);
-  const Append a = {cache_on_device(arguments.cache),
-                    arguments.cache.dtype,
-                    arguments.tokens,
-                    arguments.key,
-                    arguments.value,
-                    arguments.counts};
-  if (status.ok()) status = check_heads(a.cache);
-  if (!status.ok() || a.cache.batch * a.cache.heads == 0 || a.tokens == 0) return status;
-  if (a.tokens > (1 << 30))
-    return error(Status::Kind::unsupported, "key has %lld tokens; supported: up to 2^30", (long long)a.tokens);
-  switch (a.cache.unit) {
-    case 32: return append_tokens<4>(a, context);
-    case 64: return append_tokens<8>(a, context);
-    default: return append_tokens<16>(a, context);
-  }
-}
-
 Status kv_crop(const KvCrop& arguments, const CudaContext& context) {
   Status status = kv_check(arguments.cache);
-  const Crop a = {cache_on_device(arguments.cache), arguments.limits};
+  const Crop a = {cache_on_device(arguments.cache), arguments.cache.dtype, arguments.limits};
   if (status.ok()) status = check_heads(a.cache);
   const unsigned heads = unsigned(a.cache.batch * a.cache.heads);
   if (!status.ok() || heads == 0) return status;
-  const void* kernel = arguments.cache.dtype == DType::f32   ? reinterpret_cast<const void*>(&crop<float>)
-                       : arguments.cache.dtype == DType::f16 ? reinterpret_cast<const void*>(&crop<__half>)
-                                                             : reinterpret_cast<const void*>(&crop<__nv_bfloat16>);
-  return launch(kernel, dim3(heads), a, context, "kv_cache_crop");
+  return launch(reinterpret_cast<const void*>(&crop), dim3(heads), a, context, "kv_cache_crop");
 }
 
 size_t kv_compact_workspace(const KvCompact& a) {
@@ -509,6 +334,7 @@ Status kv_compact(const KvCompact& arguments, const CudaContext& context) {
   const int64_t heads = cache.batch * cache.heads, rows = heads * 2 * cache.ring() * size_of(cache.dtype);
   auto* at = static_cast<char*>(context.workspace);
   Compact a = {cache_on_device(cache),
+               cache.dtype,
                arguments.keep,
                arguments.keep_heads,
                arguments.count,
@@ -526,11 +352,7 @@ Status kv_compact(const KvCompact& arguments, const CudaContext& context) {
   at += aligned_bytes(heads * int64_t(sizeof(CompactPlan)));
   a.key_rows = at;
   a.value_rows = at + aligned_bytes(rows * cache.key.dim);
-  switch (cache.dtype) {
-    case DType::f32: return compact_heads<float>(a, context);
-    case DType::f16: return compact_heads<__half>(a, context);
-    default: return compact_heads<__nv_bfloat16>(a, context);
-  }
+  return compact_heads(a, context);
 }
 
 }  // namespace sparsekit
