@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "sparsekit/attention.h"
 #include "sparsekit/kv_cache.h"
@@ -20,6 +21,8 @@ struct CudaDecodeKernel {
   Status (*run)(const cuda::Decode& decode, const CudaContext& context);
 };
 
+constexpr int kMostSplits = 256, kMostSlots = kMostSplits + 1;
+
 extern const CudaDecodeKernel decode_cuda_sm80;    // tensor cores, 16-bit queries
 extern const CudaDecodeKernel decode_cuda_simple;  // everything, fp32 arithmetic
 
@@ -29,20 +32,21 @@ Status decode_cuda_launch(const CudaDecodeKernel& kernel, const DecodeAttention&
                           const CudaContext& context);
 
 /// Splits for `heads` parts of work of up to `chunks` chunks each, where `resident` CTAs run at once: the number up to
-/// `most` that fills whole rounds best, the smaller one of equals.
+/// `most` with the least time, the smaller one of equals. A round of CTAs costs its chunks and, to fill the pipeline
+/// and to leave it, about two more: few long CTAs are better than full rounds of short ones.
 inline int choose_splits(int64_t heads, int64_t chunks, int64_t resident, int64_t most) {
+  constexpr int64_t kOverhead = 2;
   if (most > chunks) most = chunks;
-  int best = 1;
-  double best_share = 0;
+  int64_t best = 1, least = INT64_MAX;
   for (int64_t splits = 1; splits <= most; ++splits) {
-    const int64_t ctas = heads * splits, rounds = (ctas + resident - 1) / resident;
-    const double share = double(ctas) / double(rounds * resident);
-    if (share > best_share + 0.02) {
-      best = int(splits);
-      best_share = share;
+    const int64_t rounds = (heads * splits + resident - 1) / resident;
+    const int64_t cost = rounds * ((chunks + splits - 1) / splits + kOverhead);
+    if (cost < least) {
+      best = splits;
+      least = cost;
     }
   }
-  return best;
+  return int(best);
 }
 
 }  // namespace sparsekit

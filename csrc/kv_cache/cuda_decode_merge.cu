@@ -25,19 +25,48 @@ __global__ void __launch_bounds__(kFillThreads) fill(float* to, int64_t count) {
     to[at] = -kInfinity;
 }
 
+/// Maximum or sum over the CTA's threads, in an order of its own.
+template <bool MAXIMUM>
+__device__ float over_threads(float x, float* warps) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const float other = __shfl_xor_sync(0xffffffffu, x, step);
+    x = MAXIMUM ? fmaxf(x, other) : x + other;
+  }
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = warps[0];
+  for (int w = 1; w < kThreads / 32; ++w) x = MAXIMUM ? fmaxf(x, warps[w]) : x + warps[w];
+  return x;
+}
+
 template <class Element>
 __global__ void __launch_bounds__(kThreads) merge_splits(const __grid_constant__ Decode p) {
+  __shared__ float weights[kMostSlots], warps[2][kThreads / 32];  // a weight below 0: saw nothing, acc is not written
   const int64_t head = blockIdx.x / p.rows, b = head / p.heads_kv, h = head % p.heads_kv;
   const int row = int(blockIdx.x % p.rows);
   const int64_t query_head = p.query_head(h, row), i = row % p.len_q;
+  // A thread has one state of 128: the loads wait for nothing.
+  constexpr int kEach = (kMostSlots + kThreads - 1) / kThreads;
+  float2 own[kEach];
   float largest = -kInfinity;
-  for (int s = 0; s < p.slots; ++s) largest = fmaxf(largest, p.states[p.state(b, h, s, row)].x);
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    const int s = k * kThreads + int(threadIdx.x);
+    own[k] = s < p.slots ? p.states[p.state(b, h, s, row)] : make_float2(-kInfinity, 0.f);
+    largest = fmaxf(largest, own[k].x);
+  }
+  largest = over_threads<true>(largest, warps[0]);
   const float reference = largest == -kInfinity ? 0.f : largest;
   float total = 0.f;
-  for (int s = 0; s < p.slots; ++s) {
-    const float2 state = p.states[p.state(b, h, s, row)];
-    total += exp2f(state.x - reference) * state.y;  // 0 where a split saw no key; NaN stays
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    const int s = k * kThreads + int(threadIdx.x);
+    const float weight = exp2f(own[k].x - reference);
+    if (s < p.slots) weights[s] = own[k].y == 0.f ? -1.f : weight;
+    total += weight * own[k].y;  // 0 where a split saw no key; NaN stays
   }
+  total = over_threads<false>(total, warps[1]);
   const bool empty = total == 0.f;
   const float sink = p.sinks ? p.sinks[query_head] * kLog2e : -kInfinity;
   // The sink joins the denominator only; far above every score it leaves weights that underflow to 0, as it should.
@@ -46,11 +75,10 @@ __global__ void __launch_bounds__(kThreads) merge_splits(const __grid_constant__
   Element* out = static_cast<Element*>(p.out.data) + b * p.out.batch + query_head * p.out.head + i * p.out.row;
   for (int d = threadIdx.x; d < p.value_dim; d += kThreads) {
     float sum = 0.f;
+#pragma unroll 8
     for (int s = 0; s < p.slots; ++s) {
-      const int64_t at = p.state(b, h, s, row);
-      const float2 state = p.states[at];
-      if (state.y == 0.f) continue;  // its acc may not be written
-      sum += exp2f(state.x - reference) * p.acc[at * p.value_dim + d];
+      const float weight = weights[s];
+      if (!(weight < 0.f)) sum += weight * p.acc[p.state(b, h, s, row) * p.value_dim + d];
     }
     out[d] = from_float<Element>(empty ? 0.f : sum * factor);
   }

@@ -73,7 +73,7 @@ void cut(const DecodeAttention& p, const CudaContext& context, int* splits, int*
   resident = (resident < 1 ? 1 : resident > most ? most : resident) * context.multiprocessors;
   const int64_t rows = (p.heads_q / p.heads_kv * p.len_q + kRows - 1) / kRows;
   const int64_t least = 4 * kernel.tokens;  // a tile per warp
-  *splits = choose_splits(p.batch * p.heads_kv * rows, (tokens + least - 1) / least, resident, 256);
+  *splits = choose_splits(p.batch * p.heads_kv * rows, (tokens + least - 1) / least, resident, kMostSplits);
   *slots = *splits + (p.plain ? 0 : 1);
 }
 
@@ -90,11 +90,16 @@ Status run(const Decode& decode, const CudaContext& context) {
       cudaFuncSetAttribute(kernel.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kernel.shared_bytes)),
       "decode_attention");
   if (!status.ok()) return status;
+  // As many CTAs on a multiprocessor as registers allow, not as the driver's choice of L1 leaves room for.
+  status = status_of(cudaFuncSetAttribute(kernel.kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                          cudaSharedmemCarveoutMaxShared),
+                     "decode_attention");
+  if (!status.ok()) return status;
   const int64_t rows = (decode.rows + kRows - 1) / kRows;
   void* arguments[] = {const_cast<Decode*>(&decode)};
   return status_of(
       cudaLaunchKernel(kernel.kernel,
-                       dim3(unsigned(rows * decode.slots), unsigned(decode.heads_kv), unsigned(decode.batch)),
+                       dim3(unsigned(rows * decode.heads_kv), unsigned(decode.batch), unsigned(decode.slots)),
                        dim3(kThreads), arguments, kernel.shared_bytes, static_cast<cudaStream_t>(context.stream)),
       "decode_attention");
 }

@@ -24,6 +24,16 @@ constexpr int kDecodeWarps = 4, kDecodeThreads = 32 * kDecodeWarps;
 constexpr int kColumns = 8;  // query rows of a CTA
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
+/// Which part of the problem a CTA of the grid (heads and blocks of rows, sequences, slots) has.
+struct CtaPlace {
+  int64_t b, h;
+  int first_row, slot;
+};
+__device__ __forceinline__ CtaPlace place_of_cta(const Decode& p) {
+  const int blocks = (p.rows + kColumns - 1) / kColumns;
+  return {blockIdx.y, blockIdx.x / blocks, int(blockIdx.x % blocks) * kColumns, int(blockIdx.z)};
+}
+
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   uint4 x;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"

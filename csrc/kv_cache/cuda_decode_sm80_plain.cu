@@ -12,8 +12,8 @@ constexpr int kSlots = 3;  // 24 KB of a warp at 128 channels: 128 KB under way 
 template <class Element, int DIM>
 __global__ void __launch_bounds__(kDecodeThreads, 2) decode_plain(const __grid_constant__ Decode p) {
   extern __shared__ __align__(128) uint8_t shared[];
-  const int split = blockIdx.x % p.slots, first_row = blockIdx.x / p.slots * kColumns;
-  const int64_t h = blockIdx.y, b = blockIdx.z;
+  const CtaPlace at = place_of_cta(p);
+  const int64_t b = at.b, h = at.h;
   const Plain& c = p.plain;
   const int tokens = c.length(b);
   auto offset = [&](int token, bool value) -> int64_t {
@@ -26,9 +26,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_plain(const __grid_c
     return value ? page * c.value_page + h * c.value_head + in_page * c.value_token
                  : page * c.key_page + h * c.key_head + in_page * c.key_token;
   };
-  const Share share = share_of((tokens + 31) / 32, split, p.splits, 2 * kDecodeWarps);
+  const Share share = share_of((tokens + 31) / 32, at.slot, p.splits, 2 * kDecodeWarps);
   attend_rows<Element, DIM, kSlots>(
-      p, b, h, split, first_row, tokens, tokens, [](int i) { return i; }, share, c.key, c.value, offset, shared);
+      p, b, h, at.slot, at.first_row, tokens, tokens, [](int i) { return i; }, share, c.key, c.value, offset, shared);
 }
 
 }  // namespace
