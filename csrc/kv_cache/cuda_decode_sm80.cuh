@@ -3,9 +3,8 @@
 // M is tokens (or channels), N = 8 query rows of one key head: S^T = K Q^T and O^T = V^T P^T, m16n8k16. With 4 or 8
 // query heads per key head nothing of a tile is wasted, and codes are the A operand: 256 of them per product. Scores
 // come out with tokens in rows, the values' product needs them as B with tokens along k: one movmatrix per 8 tokens.
-// A warp walks its own tiles of tokens with its own cp.async ring, without barriers; each lane copies exactly the 16
-// bytes that it will read, so shared memory is only a deep prefetch buffer, without bank conflicts. The 4 warps of a
-// CTA merge at the end, the CTAs of a head in cuda_decode_merge.cu. Bound: memory.
+// A warp walks its own tiles of tokens with its own cp.async ring, without barriers; shared memory is only a
+// deep prefetch buffer. The 4 warps of a CTA merge at the end, the CTAs of a head in cuda_decode_merge.cu. Bound: memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -258,8 +257,10 @@ constexpr size_t finish_bytes(int dim) { return sizeof(float) * kDecodeWarps * (
 // ---- full precision: a plain cache, or sinks and ring of a packed one
 
 /// Rows of one head in 16-bit elements, in tiles of 32 tokens.
-/// A key tile in its slot: for (token 4 g + a, channels 32 q + 8 t ..) 16 bytes at ((a * DIM / 32 + q) * 32 + lane).
-/// A value tile: for (token 8 t + i, channels 64 q + 8 g ..) at ((q * 8 + i) * 32 + lane).
+/// Lane (g, t) reads (token 4 g + a, channels 32 q + 8 t ..) of keys and (token 8 t + i, channels 64 q + 8 g ..) of
+/// values, 16 bytes (a chunk) each. In its slot a tile stands row by row; chunk c of token i at c ^ 4 (i / 4) of keys,
+/// at c ^ 2 (i / 8) of values, modulo 8: no bank conflicts. (A warp copies whole rows: SWIZZLE in
+/// cuda_decode_sm80_packed.cuh says why.)
 /// Row i < tokens is token number `number(i)` of a head of `length`, and stands at element `offset(i, value)` of keys
 /// or values; negative: its page is out of range.
 template <class Element, int DIM, int SLOTS, class Number, class Offset>
@@ -270,7 +271,8 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
   constexpr bool kHalf = std::is_same<Element, __half>::value;
   constexpr int kPending = SLOTS > 1 ? SLOTS - 2 : 0;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const uint32_t ring = shared_address(shared) + warp * SLOTS * kTile + lane * 16;
+  constexpr int kChunks = DIM / 8, kRows = 32 / kChunks;  // chunks of a row, rows of a copy
+  const uint32_t ring = shared_address(shared) + warp * SLOTS * kTile;
   Columns columns = columns_of(p, b, h, first_row, length);
   columns.factor[0] = columns.factor[1] = magnitude_of(p.scale) * kLog2e;
 
@@ -300,22 +302,13 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
       const int64_t row = token < tokens ? offset(token, value) : -1;
       const auto* data = static_cast<const Element*>(value ? values : keys);
       const uint32_t to = ring + n % SLOTS * kTile;
-      if (!value) {
+      const Element* at = data + lane % kChunks * 8;
 #pragma unroll
-        for (int a = 0; a < 4; ++a) {
-          const int64_t from = __shfl_sync(kAllLanes, row, 4 * g + a);
-          const Element* at = data + max(from, int64_t(0)) + 8 * t;
-#pragma unroll
-          for (int q = 0; q < DIM / 32; ++q) copy_async_16(to + (a * (DIM / 32) + q) * 512, at + 32 * q, from >= 0);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const int64_t from = __shfl_sync(kAllLanes, row, 8 * t + i);
-          const Element* at = data + max(from, int64_t(0)) + 8 * g;
-#pragma unroll
-          for (int q = 0; q < DIM / 64; ++q) copy_async_16(to + (q * 8 + i) * 512, at + 64 * q, from >= 0);
-        }
+      for (int i = 0; i < kTokens / kRows; ++i) {
+        const int place = i * kRows + lane / kChunks;
+        const int64_t from = __shfl_sync(kAllLanes, row, place);
+        const int moved = value ? 2 * (place >> 3) : 4 * (place >> 2 & 1);
+        copy_async_16(to + i * 512 + (lane ^ moved) * 16, at + max(from, int64_t(0)), from >= 0);
       }
     }
     copy_async_commit();
@@ -323,8 +316,12 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
 #pragma unroll
   for (int n = 0; n < SLOTS - 1; ++n) start_copy(n);
   for (int tile = 0; tile < count; ++tile) {
-    if (SLOTS == 1) start_copy(2 * tile);
+    if (SLOTS == 1) {
+      __syncwarp();
+      start_copy(2 * tile);
+    }
     copy_async_wait<kPending>();
+    __syncwarp();  // lanes read what others copied; and have read what is overwritten now
     if (SLOTS > 1) start_copy(2 * tile + SLOTS - 1);
     const int start = (first + tile * kDecodeWarps) * kTokens;
     const uint32_t key = ring + 2 * tile % SLOTS * kTile;
@@ -334,7 +331,8 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
     for (int q = 0; q < DIM / 32; ++q) {
       uint4 k[4];
 #pragma unroll
-      for (int a = 0; a < 4; ++a) k[a] = load_shared(key + (a * (DIM / 32) + q) * 512);
+      for (int a = 0; a < 4; ++a)
+        k[a] = load_shared(key + (4 * g + a) * (DIM * 2) + ((4 * q + t) ^ 4 * (g & 1)) * 16);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         const uint32_t low[4] = {k[2 * m].x, k[2 * m + 1].x, k[2 * m].y, k[2 * m + 1].y};
@@ -375,10 +373,13 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
     const bool drops = __any_sync(kAllLanes, used != 0xff);
 
     if (SLOTS == 1) {
+      __syncwarp();
       start_copy(2 * tile + 1);
       copy_async_wait<0>();
+      __syncwarp();
     } else {
       copy_async_wait<kPending>();
+      __syncwarp();
       start_copy(2 * tile + SLOTS);
     }
     const uint32_t value = ring + (2 * tile + 1) % SLOTS * kTile;
@@ -387,7 +388,7 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
       uint4 v[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        v[i] = load_shared(value + (q * 8 + i) * 512);
+        v[i] = load_shared(value + (8 * t + i) * (DIM * 2) + (8 * q + (g ^ 2 * t)) * 16);
       }
       if (__builtin_expect(drops, 0)) {
 #pragma unroll

@@ -30,8 +30,8 @@ struct PackedDecode {
   static constexpr int kTokens = C::kTokens, kBlocks = kTokens / 32, kSlots = 4;
   static constexpr int kLoads = DIM * C::kPlane / 128;  // of 16 bytes of a lane, per 32 tokens of keys
   static constexpr int kTiles = DIM / 16;               // of out
-  static constexpr int kCodeLoads = kLoads * kBlocks;   // of a tile of keys, or values
-  static constexpr int kCodeBytes = kCodeLoads * 512 * (C::kHigh ? 2 : 1);
+  static constexpr int kBlockBytes = 4 * DIM * (C::kHigh ? 3 : C::kPlane);
+  static constexpr int kCodeBytes = kBlockBytes * kBlocks;
   static constexpr int kGroups = CHANNEL ? (HALVES ? 2 : 1) : 0;  // key groups of a tile, per channel
   static constexpr int kWords = 32 / C::kPlane;                   // channels (tokens) of a word
 
@@ -199,46 +199,33 @@ struct PackedDecode {
   }
   Part key_part, value_part;
 
+  // SWIZZLE. A warp copies 512 neighbouring bytes at once: what it would read that way, in 32 bytes here and there, is
+  // four times as many requests, and L2 is busy with them long before memory is. Lane (g, t) then reads chunk g (of 16
+  // bytes, in 8) of a row that t decides. The rows of the four t are 128 bytes or a multiple apart, so chunk c of one
+  // stands at c ^ 2 t: 8 lanes read 8 different chunks.
+
+  /// The lane of four that reads row `row` of the value words of block s; planes one behind the other.
+  static __device__ __forceinline__ int reader_of(int s, int row) {
+    return C::kMixed ? 2 * s + (row < 2 ? row : 0) : row * C::kSteps / 2;
+  }
+
   /// Starts the copies of the cursor's tile of keys or values into a slot.
   __device__ __forceinline__ void copy_tile(int slot, bool value) const {
     const Pool& pool = value ? p.cache.value : p.cache.key;
     const Format& f = pool.format;
-    const uint32_t to = ring + slot * slot_size + lane * 16;
-    auto base = [&](int64_t block, int offset) { return pool.codes + max(block, int64_t(0)) * f.block_bytes + offset; };
-    if (!value) {
+    const uint32_t to = ring + slot * slot_size;
+    constexpr int kChunks = kBlockBytes / 16;
 #pragma unroll
-      for (int s = 0; s < kBlocks; ++s) {
-        const int64_t block = !C::kMixed ? cursor.blocks[s] : g >> 2 ? cursor.blocks[1] : cursor.blocks[0];
-        const int column = (chunk(s) & 7) * 16;
-        const uint8_t* from = base(block, t * 128 + column);
-        const uint8_t* high = base(block, 8 * DIM + t / 2 * 128 + column);
+    for (int s = 0; s < kBlocks; ++s) {
+      const int64_t block = cursor.blocks[s];
+      const uint8_t* from = pool.codes + max(block, int64_t(0)) * f.block_bytes + lane * 16;
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-          copy_async_16(to + (i * kBlocks + s) * 512, from + i * 512, block >= 0);
-          if (C::kHigh) copy_async_16(to + (kCodeLoads + i * kBlocks + s) * 512, high + i * 256, block >= 0);
-        }
-      }
-    } else if (C::kMixed) {
-      const int64_t block = t >> 1 ? cursor.blocks[1] : cursor.blocks[0];
-      const uint8_t* from = base(block, ((t & 1) * DIM + 4 * g) * 4);
-      const uint8_t* high = base(block, 8 * DIM + 4 * g * 4);
-#pragma unroll
-      for (int q = 0; q < DIM / 32; ++q) {
-        copy_async_16(to + q * 512, from + q * 128, block >= 0);
-        if (C::kHigh) copy_async_16(to + (kCodeLoads + q) * 512, high + q * 128, block >= 0);
-      }
-    } else {
-      constexpr int kRows = 2 / C::kSteps > 0 ? 2 / C::kSteps : 1;  // of words, per lane
-#pragma unroll
-      for (int s = 0; s < kBlocks; ++s) {
-        const int64_t block = cursor.blocks[s];
-        const uint8_t* from = base(block, (t * kRows * DIM + 4 * g) * 4);
-#pragma unroll
-        for (int q = 0; q < DIM / 32; ++q) {
-#pragma unroll
-          for (int k = 0; k < kRows; ++k)
-            copy_async_16(to + ((q * kBlocks + s) * kRows + k) * 512, from + (k * DIM + 32 * q) * 4, block >= 0);
-        }
+      for (int i = 0; i < (kChunks + 31) / 32; ++i) {
+        // See SWIZZLE: `t` is the lane of four that reads this chunk.
+        const int row = DIM == 64 ? 2 * i + lane / 16 : i;
+        const int t = value ? reader_of(s, row) : lane / 8;
+        if (32 * i + 31 < kChunks || 32 * i + lane < kChunks)
+          copy_async_16(to + s * kBlockBytes + i * 512 + (lane ^ 2 * t) * 16, from + i * 512, block >= 0);
       }
     }
     // Scales, then minima: per channel [group][2][DIM], per token [block][2][groups][32].
@@ -253,7 +240,7 @@ struct PackedDecode {
                                                                    : 2)) *
                                        DIM
                                  : block * (f.groups * 32);
-      if (part.from) copy_async_16(to + kCodeBytes + first * 16, block < 0 ? part.from : part.from + at, block >= 0);
+      if (part.from) copy_async_16(to + kCodeBytes + (first + lane) * 16, block < 0 ? part.from : part.from + at, block >= 0);
     }
   }
 
@@ -263,10 +250,12 @@ struct PackedDecode {
 
   /// Codes of load i, step s: of the four tokens, as A operands.
   __device__ __forceinline__ void load_codes(uint32_t slot, int i, int s, uint32_t (&codes)[4][2 * C::kSteps]) const {
-    const uint4 words = load_shared(slot + lane * 16 + (i * kBlocks + s) * 512);
+    const int block = C::kMixed ? g >> 2 : s, column = chunk(s) & 7;
+    const uint4 words = load_shared(slot + block * kBlockBytes + i * 512 + t * 128 + (column ^ 2 * t) * 16);
     uint4 high = make_uint4(0, 0, 0, 0);
     if (C::kHigh) {
-      high = load_shared(slot + lane * 16 + (kCodeLoads + i * kBlocks + s) * 512);
+      const int row = 2 * i + (t >> 1);
+      high = load_shared(slot + block * kBlockBytes + 8 * DIM + row * 128 + (column ^ 2 * (row & 3)) * 16);
       const int by = 4 * (t & 1);
       high.x >>= by, high.y >>= by, high.z >>= by, high.w >>= by;
     }
@@ -617,10 +606,15 @@ struct PackedDecode {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             if (split && c != half) continue;
-            const uint4 words = load_shared(slot + lane * 16 + ((q + c) * kParts + part) * 512);
+            // Rows of words: of the mixed ones, two blocks of two; else 4 or 8 of each block.
+            constexpr int kRows = C::kMixed ? 1 : 2 / C::kSteps;
+            const int block = C::kMixed ? t >> 1 : part / kRows;
+            const int row = C::kMixed ? t & 1 : t * kRows + part % kRows;
+            const uint32_t from = slot + block * kBlockBytes + (q + c) * 128;
+            const uint4 words = load_shared(from + row * DIM * 4 + (g ^ 2 * t) * 16);
             uint4 high = make_uint4(0, 0, 0, 0);
             if (C::kHigh) {
-              high = load_shared(slot + lane * 16 + (kCodeLoads + q + c) * 512);
+              high = load_shared(from + 2 * DIM * 4 + (g ^ 4 * (t >> 1)) * 16);
               const int by = 4 * (t & 1);
               high.x >>= by, high.y >>= by, high.z >>= by, high.w >>= by;
             }

@@ -1,13 +1,14 @@
 // quantize_kv and dequantize_kv on CUDA.
 //
-// Quantization: a CTA takes one tile (a key group of 32, 64 or 128 tokens; 64 tokens where groups lie inside a token)
-// of 128 channels: cuda_quantize.cuh. Dequantization: a thread makes 4 neighbouring channels of a token; words that
+// Quantization: rows of 16 bits by cuda_quantize_rows.cuh. What that does not take: a CTA takes one tile (a key group of
+// 32, 64 or 128 tokens; 64 tokens where groups lie inside a token) of 128 channels: cuda_quantize.cuh. Dequantization: a thread makes 4 neighbouring channels of a token; words that
 // neighbours share come from L1. Both are bound by memory: bytes of x once, bytes of codes once.
 #include <cuda_runtime.h>
 
 #include "common/cuda/launch.h"
 #include "common/cuda/mma.cuh"
 #include "kv_cache/cuda_quantize.cuh"
+#include "kv_cache/cuda_quantize_tiles.h"
 #include "sparsekit/attention.h"
 
 namespace sparsekit {
@@ -77,13 +78,51 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
+bool quantizes_tiles(const Format& f, DType dtype, const InputView& x) {
+  const bool aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.batch % 8 == 0 && x.head % 8 == 0 &&
+                       x.row % 8 == 0;
+  return aligned && (dtype == DType::bf16 || dtype == DType::f16) && !(f.per_channel && f.value_layout);
+}
+
+Status quantize_tiles(const QuantizeTiles& q, DType dtype, int64_t all_heads, const CudaContext& context,
+                      const char* what) {
+  const Format& f = q.format;
+  const void* kernel = dtype == DType::f16 ? quantize_kernel_f16(f.bits, f.per_channel, f.value_layout)
+                                           : quantize_kernel_bf16(f.bits, f.per_channel, f.value_layout);
+  const int64_t ctas = all_heads * q.tiles;
+  if (ctas > 0x7fffffff || int64_t(q.tiles) * tile_tokens(f) > 0x7fffffff)
+    return error(Status::Kind::unsupported, "%s: %lld tiles of %d tokens; supported: 2^31 - 1", what, (long long)ctas,
+                 tile_tokens(f));
+  void* arguments[] = {const_cast<QuantizeTiles*>(&q)};
+  return status_of(cudaLaunchKernel(kernel, dim3(unsigned(ctas), unsigned(ceil_div(f.dim, kSlice))),
+                                    dim3(unsigned(tile_tokens(f) * 2)), arguments, 0,
+                                    static_cast<cudaStream_t>(context.stream)),
+                   what);
+}
+
 Status kv_quantize(const KvQuantize& a, const CudaContext& context) {
   Status status = kv_check(a.packing);
   if (status.ok()) status = refuse_f64(a.dtype);
   if (!status.ok()) return status;
   const int tile = a.packing.per_channel ? a.packing.group_size : 64;
+  const Format format = format_of(a.packing, 0);
+  if (a.batch * a.heads * a.tokens == 0) return {};
+  if (quantizes_tiles(format, a.dtype, a.x) && a.tokens <= (1 << 30)) {
+    QuantizeTiles q{};
+    q.format = format;
+    q.tiles = uint32_t(ceil_div(a.tokens, tile_tokens(format)));
+    q.heads = int32_t(a.heads);
+    q.tokens = int32_t(a.tokens);
+    q.blocks = ceil_div(a.tokens, kv_block);
+    q.head_scales = a.packing.scales(ceil_div(a.tokens, a.packing.unit()) * a.packing.unit());
+    q.x = a.x;
+    q.codes = a.codes;
+    q.scales = a.scales;
+    q.minima = a.minima;
+    return quantize_tiles(q, a.dtype, a.batch * a.heads, context, "quantize_kv");
+  }
   Quantize q;
-  q.format = format_of(a.packing, 0);
+  q.format = format;
   q.dtype = a.dtype;
   q.heads = a.heads;
   q.tokens = a.tokens;
@@ -95,7 +134,6 @@ Status kv_quantize(const KvQuantize& a, const CudaContext& context) {
   q.scales = a.scales;
   q.minima = a.minima;
   const int64_t tiles = a.batch * a.heads * q.units;
-  if (tiles == 0) return {};
   if (tiles > 0x7fffffff)
     return error(Status::Kind::unsupported, "x: %lld tiles of %d tokens; supported: 2^31 - 1", (long long)tiles, tile);
   const void* kernel = tile == 32   ? reinterpret_cast<const void*>(&quantize<4>)
