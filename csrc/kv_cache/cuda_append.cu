@@ -1,7 +1,8 @@
 // kv_append on CUDA: a head's recent tokens, those of the ring and the new ones, are quantized a unit at a time while
 // at least `window` stay (cuda_quantize.cuh); what is left of the new ones goes to the ring, and then the lengths
 // change. Short appends are one launch, one CTA per head: a decode step costs a launch and a copy. Longer ones quantize
-// in a launch of their own, a CTA per unit, tensor and 128 channels. Bound: memory.
+// in launches of their own: a tensor each of 16-bit rows (cuda_quantize_rows.cuh), else one, a CTA per unit, tensor and
+// 128 channels. Bound: memory.
 #include <cuda_runtime.h>
 
 #include "common/cuda/launch.h"
@@ -87,13 +88,31 @@ __global__ void __launch_bounds__(kThreads, PER == 16 ? 1 : 2)
   }
 }
 
+/// What leaves the rings, at most `units` units of a head, of one tensor.
+Status flush_tiles(const Append& a, const Pool& pool, const InputView& x, int64_t units, const CudaContext& context) {
+  const Cache& c = a.cache;
+  QuantizeTiles q{};
+  q.format = pool.format;
+  const int tile = tile_tokens(pool.format);
+  q.tiles = uint32_t((units * c.unit + tile - 1) / tile);
+  q.heads = int32_t(c.heads);
+  q.x = x;
+  q.flush = true;
+  q.append = a;
+  return quantize_tiles(q, a.dtype, c.batch * c.heads, context, "kv_cache_append");
+}
+
 template <int PER>
 Status append_tokens(const Append& a, const CudaContext& context) {
   const Cache& c = a.cache;
   const int64_t heads = c.batch * c.heads;
   const int64_t units = flushed(c, c.ring + a.tokens) / c.unit;  // at most: the ring was about to flush
   bool quantizes = units <= kMostUnitsAtOnce;
-  if (!quantizes) {
+  if (!quantizes && quantizes_tiles(c.key.format, a.dtype, a.key) && quantizes_tiles(c.value.format, a.dtype, a.value)) {
+    Status status = flush_tiles(a, c.key, a.key, units, context);
+    if (status.ok()) status = flush_tiles(a, c.value, a.value, units, context);
+    if (!status.ok()) return status;
+  } else if (!quantizes) {
     const unsigned slices = unsigned(slices_of(c.key.format.dim) + slices_of(c.value.format.dim));
     if (heads > 65535) {
       return error(Status::Kind::unsupported,
