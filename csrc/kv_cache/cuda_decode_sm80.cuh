@@ -124,25 +124,27 @@ __device__ __noinline__ void finish_scores(const Decode& p, const Columns& colum
   }
 }
 
-/// Scores of a tile to weights. x[s][m][c]: token `token(s, 2 m + c / 2)` of the head, column c % 2. `hidden(s, i)`
-/// says that a token is none. O is rescaled where a maximum grew.
+/// Scores of a tile, x + shift, to weights. x[s][m][c]: token `token(s, 2 m + c / 2)` of the head, column c % 2.
+/// `hidden(s, i)` says that a token is none. O is rescaled where a maximum grew.
 template <int STEPS, int TILES, class Token, class Hidden>
 __device__ __forceinline__ void softmax_step(const Decode& p, const Columns& columns, bool masks, Softmax& state,
-                                             float (&x)[STEPS][2][4], float (&out)[TILES][4], float (&extra)[4],
-                                             const Token& token, const Hidden& hidden) {
+                                             float (&x)[STEPS][2][4], const float (&shift)[2], float (&out)[TILES][4],
+                                             float (&extra)[4], const Token& token, const Hidden& hidden) {
   float factor[2] = {columns.factor[0], columns.factor[1]};
+  float moved[2] = {shift[0] * factor[0], shift[1] * factor[1]};
   if (__builtin_expect(p.softcap > 0.f || p.key_bias || p.scores, 0)) {
     const Columns copy = columns;
     float scores[STEPS * 8];
     int at[STEPS * 4];
 #pragma unroll
-    for (int i = 0; i < STEPS * 8; ++i) scores[i] = x[i / 8][i % 8 / 4][i % 4] * factor[i % 2];
+    for (int i = 0; i < STEPS * 8; ++i) scores[i] = fmaf(x[i / 8][i % 8 / 4][i % 4], factor[i % 2], moved[i % 2]);
 #pragma unroll
     for (int i = 0; i < STEPS * 4; ++i) at[i] = hidden(i / 4, i % 4) ? -1 : token(i / 4, i % 4);
     finish_scores<STEPS>(p, copy, scores, at);
 #pragma unroll
     for (int i = 0; i < STEPS * 8; ++i) x[i / 8][i % 8 / 4][i % 4] = scores[i];
     factor[0] = factor[1] = 1.f;
+    moved[0] = moved[1] = 0.f;
   }
   if (__builtin_expect(masks, 0)) {
 #pragma unroll
@@ -150,9 +152,12 @@ __device__ __forceinline__ void softmax_step(const Decode& p, const Columns& col
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int c = i % 2, a = i / 2;
-        if (token(s, a) >= columns.limit[c] || hidden(s, a)) x[s][i / 4][i % 4] = -kInfinity;
+        float& score = x[s][i / 4][i % 4];  // a shift that is NaN does not reach a token that is not seen
+        score = token(s, a) >= columns.limit[c] || hidden(s, a) ? -kInfinity : fmaf(score, factor[c], moved[c]);
       }
     }
+    factor[0] = factor[1] = 1.f;
+    moved[0] = moved[1] = 0.f;
   }
   float most[2] = {-kInfinity, -kInfinity};
 #pragma unroll
@@ -161,14 +166,12 @@ __device__ __forceinline__ void softmax_step(const Decode& p, const Columns& col
     for (int i = 0; i < 8; ++i) most[i % 2] = fmaxf(most[i % 2], x[s][i / 4][i % 4]);
   }
 #pragma unroll
-  for (int c = 0; c < 2; ++c) {
-#pragma unroll
-    for (int step = 4; step < 32; step *= 2) most[c] = fmaxf(most[c], __shfl_xor_sync(kAllLanes, most[c], step));
-    most[c] *= factor[c];  // factors are not negative
-  }
+  for (int c = 0; c < 2; ++c) most[c] = fmaf(most[c], factor[c], moved[c]);  // factors are not negative
   if (__any_sync(kAllLanes, most[0] > state.largest[0] || most[1] > state.largest[1])) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) most[c] = fmaxf(most[c], __shfl_xor_sync(kAllLanes, most[c], step));
       const float now = fmaxf(most[c], state.largest[c]);
       const float shrink = now == -kInfinity ? 1.f : exp2_fast(state.largest[c] - now);
       state.largest[c] = now;
@@ -184,7 +187,7 @@ __device__ __forceinline__ void softmax_step(const Decode& p, const Columns& col
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
     const float reference = state.largest[c] == -kInfinity ? 0.f : state.largest[c];
-    const float offset = float(state.exponent) - reference;
+    const float offset = float(state.exponent) - reference + moved[c];
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
 #pragma unroll
@@ -355,7 +358,7 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
     }
     const bool masks = ends || exist != kAllLanes;
     softmax_step<1, kTiles>(
-        p, columns, masks, state, x, out, extra, [&](int, int a) { return number(start + 4 * g + a); },
+        p, columns, masks, state, x, {0.f, 0.f}, out, extra, [&](int, int a) { return number(start + 4 * g + a); },
         [&](int, int a) { return !(exist >> (4 * g + a) & 1); });
     uint32_t weights[4];  // B: column g, tokens (8 t + a, 8 t + a + 4)
 #pragma unroll

@@ -16,8 +16,8 @@ struct Codes {
   static constexpr bool kMixed = kPlane == 2;                               // chunk(g, s) takes both blocks
   static constexpr bool kHigh = BITS == 3;                                  // a second plane of one bit
   static constexpr float kUnit = kFp8 ? 256.f : 16777216.f;                 // value = kUnit * operand
-  /// The operand of step j is 2^(kPlane j) too large.
-  static __host__ __device__ constexpr int shift(int j) { return kPlane * j; }
+  /// The operand of step j is 2^shift(j) too large.
+  static __host__ __device__ constexpr int shift(int j) { return kHigh ? j / 2 * 4 : kPlane * j; }
 
   /// out[2 j] is elements (4 j, 4 j + 2) of a word, out[2 j + 1] is (4 j + 1, 4 j + 3). high: the word of the second
   /// plane, shifted so that its bit 8 i + j belongs to element 4 j + i.
@@ -28,17 +28,25 @@ struct Codes {
       out[1] = (word & 0x80008000u) | (word >> 1 & 0x3f803f80u);
       return;
     }
+    if (kHigh) {
+      // Both planes in nibbles: elements with even j in one word, those with odd j in another. The product moves the
+      // two high bits of a byte by different distances; where the wrong ones meet, they carry into a bit that is masked.
+      const uint32_t even = (word & 0x33333333u) | ((high & 0x05050505u) * 20 & 0x44444444u);
+      const uint32_t odd = (word >> 2 & 0x33333333u) | ((high & 0x0a0a0a0au) * 10 & 0x44444444u);
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) {
+        const uint32_t mask = 0x00070007u << (j / 2 * 4), nibbles = j % 2 ? odd : even;
+        out[2 * j] = nibbles & mask;
+        out[2 * j + 1] = nibbles >> 8 & mask;
+      }
+      return;
+    }
     const uint32_t later = word >> 8;
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
       const uint32_t mask = ((1u << kPlane) - 1) * 0x00010001u << (kPlane * j);
       out[2 * j] = word & mask;
       out[2 * j + 1] = later & mask;
-      if (kHigh) {
-        const uint32_t bit = 0x00040004u << (2 * j);
-        out[2 * j] |= high << (j + 2) & bit;
-        out[2 * j + 1] |= high >> (6 - j) & bit;
-      }
     }
   }
 };

@@ -143,42 +143,45 @@ struct PackedDecode {
     for (int c = 0; c < 4; ++c) extra[c] = 0.f;
   }
 
-  /// Blocks of the tile that is copied next, or -1; of this warp's tiles in turn, without a division each.
+  /// Blocks of the tile that is copied next; of this warp's tiles in turn, without a division each.
   struct Cursor {
-    int token, page, in_page;     // of the tile's first block; in_page in blocks
-    int page_step, in_page_step;  // from tile to tile
-    int64_t blocks[2];
+    int token, page, in_page;        // of the tile's first block; in_page in blocks
+    int base;                        // the first block of that page, or negative: it is none
+    int blocks[2];                   // 0 where there is none
     uint32_t absent, absent_before;  // bit s: block s of the newest tile, and of the one before it, is none
   } cursor;
 
+  __device__ __forceinline__ int first_block(int page) const {
+    const Cache& c = p.cache;
+    const int64_t number = c.page(b, h, page);
+    return number < 0 ? -1 : int((number * c.page_heads + (c.page_heads == 1 ? 0 : h)) * (c.page_size / kv_block));
+  }
   __device__ __forceinline__ void start_cursor(int token) {
     const int blocks = p.cache.page_size / kv_block;
     cursor.token = token;
     cursor.page = token / kv_block / blocks;
     cursor.in_page = token / kv_block % blocks;
-    cursor.page_step = kDecodeWarps * kBlocks / blocks;
-    cursor.in_page_step = kDecodeWarps * kBlocks % blocks;
+    cursor.base = first_block(cursor.page);
     cursor.absent = 0;
   }
   __device__ __forceinline__ void next_tile() {
-    const Cache& c = p.cache;
-    const int blocks = c.page_size / kv_block;
+    const int blocks = p.cache.page_size / kv_block;
     cursor.absent_before = cursor.absent;
     cursor.absent = 0;
 #pragma unroll
     for (int s = 0; s < kBlocks; ++s) {
-      const int in_page = cursor.in_page + s < blocks ? cursor.in_page + s : 0;
-      const int page = cursor.in_page + s < blocks ? cursor.page : cursor.page + 1;
-      const int64_t number = cursor.token + 32 * s < n.quantized ? c.page(b, h, page) : -1;
-      cursor.blocks[s] = number < 0 ? -1 : (number * c.page_heads + (c.page_heads == 1 ? 0 : h)) * blocks + in_page;
-      cursor.absent |= uint32_t(number < 0) << s;
+      int block = cursor.base < 0 ? -1 : cursor.base + cursor.in_page + s;
+      if (s > 0 && __builtin_expect(cursor.in_page + s >= blocks, 0)) block = first_block(cursor.page + 1);
+      if (cursor.token + 32 * s >= n.quantized) block = -1;
+      cursor.blocks[s] = max(block, 0);
+      cursor.absent |= uint32_t(block < 0) << s;
     }
     cursor.token += kDecodeWarps * kTokens;
-    cursor.page += cursor.page_step;
-    cursor.in_page += cursor.in_page_step;
+    cursor.in_page += kDecodeWarps * kBlocks;
     if (cursor.in_page >= blocks) {
-      cursor.in_page -= blocks;
-      ++cursor.page;
+      cursor.page += cursor.in_page / blocks;
+      cursor.in_page %= blocks;
+      cursor.base = first_block(cursor.page);
     }
   }
 
@@ -188,7 +191,8 @@ struct PackedDecode {
     const uint16_t* from;
     int of, second;
   };
-  __device__ __forceinline__ Part part_of(const Pool& pool, int number, int each, int count) const {
+  __device__ __forceinline__ Part part_of(const Pool& pool, int number, bool value) const {
+    const int each = each_of(value), count = !value && CHANNEL ? kGroups : kBlocks;
     const int of = number / (2 * each), second = number % (2 * each) / each;
     const uint16_t* from = of >= count ? nullptr : second ? pool.minima : pool.scales;
     return {from ? from + number % each * 8 : nullptr, of, second};
@@ -196,6 +200,9 @@ struct PackedDecode {
   /// Chunks per scales (or minima) of a block, or of a group of keys per channel.
   __device__ __forceinline__ int each_of(bool value) const {
     return !value && CHANNEL ? DIM / 8 : p.cache.value.format.groups * 4;
+  }
+  __device__ __forceinline__ int parameter_chunks(bool value) const {
+    return 2 * each_of(value) * (!value && CHANNEL ? kGroups : kBlocks);
   }
   Part key_part, value_part;
 
@@ -212,36 +219,36 @@ struct PackedDecode {
   /// Starts the copies of the cursor's tile of keys or values into a slot.
   __device__ __forceinline__ void copy_tile(int slot, bool value) const {
     const Pool& pool = value ? p.cache.value : p.cache.key;
-    const Format& f = pool.format;
     const uint32_t to = ring + slot * slot_size;
     constexpr int kChunks = kBlockBytes / 16;
 #pragma unroll
     for (int s = 0; s < kBlocks; ++s) {
-      const int64_t block = cursor.blocks[s];
-      const uint8_t* from = pool.codes + max(block, int64_t(0)) * f.block_bytes + lane * 16;
+      const uint8_t* from = pool.codes + lane * 16 + int64_t(cursor.blocks[s]) * kBlockBytes;
+      const bool exists = !(cursor.absent >> s & 1);
 #pragma unroll
       for (int i = 0; i < (kChunks + 31) / 32; ++i) {
-        // See SWIZZLE: `t` is the lane of four that reads this chunk.
-        const int row = DIM == 64 ? 2 * i + lane / 16 : i;
-        const int t = value ? reader_of(s, row) : lane / 8;
+        // See SWIZZLE: `t` is the lane of four that reads this chunk. Slots are multiples of 128 bytes.
+        const int t = value ? reader_of(s, DIM == 64 ? 2 * i + lane / 16 : i) : lane / 8;
         if (32 * i + 31 < kChunks || 32 * i + lane < kChunks)
-          copy_async_16(to + s * kBlockBytes + i * 512 + (lane ^ 2 * t) * 16, from + i * 512, block >= 0);
+          copy_async_16(((to + lane * 16) ^ (32 * t)) + s * kBlockBytes + i * 512, from + i * 512, exists);
       }
     }
-    // Scales, then minima: per channel [group][2][DIM], per token [block][2][groups][32].
-    const bool channel = !value && CHANNEL;
-    const int each = each_of(value), count = channel ? kGroups : kBlocks;
+    // Scales, then minima: per channel [group][2][DIM], per token [block][2][groups][32]. Mostly one copy.
+    copy_part(to + kCodeBytes + lane * 16, value ? value_part : key_part, value);
+    const int chunks = parameter_chunks(value);
+    if (__builtin_expect(chunks > 32, 0)) {
 #pragma unroll 1
-    for (int first = 0; first < 2 * each * count; first += 32) {
-      const Part part = first > 0 ? part_of(pool, first + lane, each, count) : value ? value_part : key_part;
-      const int64_t block = part.of ? cursor.blocks[1] : cursor.blocks[0];
-      const int64_t at = channel ? (block >> (f.group_size == 32   ? 0
-                                              : f.group_size == 64 ? 1
-                                                                   : 2)) *
-                                       DIM
-                                 : block * (f.groups * 32);
-      if (part.from) copy_async_16(to + kCodeBytes + (first + lane) * 16, block < 0 ? part.from : part.from + at, block >= 0);
+      for (int first = 32; first < chunks; first += 32)
+        copy_part(to + kCodeBytes + (first + lane) * 16, part_of(pool, first + lane, value), value);
     }
+  }
+  __device__ __forceinline__ void copy_part(uint32_t to, const Part& part, bool value) const {
+    if (!part.from) return;
+    const int block = part.of ? cursor.blocks[1] : cursor.blocks[0];
+    const Format& f = value ? p.cache.value.format : p.cache.key.format;
+    const int64_t at = !value && CHANNEL ? int64_t(block >> (f.group_size == 32 ? 0 : f.group_size == 64 ? 1 : 2)) * DIM
+                                         : int64_t(block) * (f.groups * 32);
+    copy_async_16(to, part.from + at, !(cursor.absent >> part.of & 1));
   }
 
   __device__ __forceinline__ static uint32_t word_of(const uint4& x, int i) {
@@ -294,15 +301,18 @@ struct PackedDecode {
   /// Largest of the scales that this lane copied, NaN where one is.
   __device__ __forceinline__ __half2 largest_scales(uint32_t slot, bool value) const {
     const Pool& pool = value ? p.cache.value : p.cache.key;
-    const int each = each_of(value), count = !value && CHANNEL ? kGroups : kBlocks;
     __half2 most = __float2half2_rn(0.f);
-#pragma unroll 1
-    for (int first = 0; first < 2 * each * count; first += 32) {
-      const Part part = first > 0 ? part_of(pool, first + lane, each, count) : value ? value_part : key_part;
-      if (!part.from || part.second) continue;
-      const uint4 x = load_shared(slot + kCodeBytes + (first + lane) * 16);
+    auto take = [&](const Part& part, int number) {
+      if (!part.from || part.second) return;
+      const uint4 x = load_shared(slot + kCodeBytes + number * 16);
       most = __hmax2_nan(
           most, __hmax2_nan(__hmax2_nan(half2_of(x.x), half2_of(x.y)), __hmax2_nan(half2_of(x.z), half2_of(x.w))));
+    };
+    take(value ? value_part : key_part, lane);
+    const int chunks = parameter_chunks(value);
+    if (__builtin_expect(chunks > 32, 0)) {
+#pragma unroll 1
+      for (int first = 32; first < chunks; first += 32) take(part_of(pool, first + lane, value), first + lane);
     }
     return most;
   }
@@ -330,7 +340,9 @@ struct PackedDecode {
     exponent = fits;
   }
 
-  __device__ __forceinline__ void scores_per_channel(uint32_t slot, bool first, float (&x)[kBlocks][2][4]) {
+  /// `shift`: what is to be added to the scores of a column.
+  __device__ __forceinline__ void scores_per_channel(uint32_t slot, bool first, float (&x)[kBlocks][2][4],
+                                                     float (&shift)[2]) {
     // One vote: would q * scale leave fp16?
     const __half2 most = largest_scales(slot, false);
     const float bound = __uint_as_float(uint32_t(127 + 15 - exponent) << 23);
@@ -363,8 +375,9 @@ struct PackedDecode {
 #pragma unroll
       for (int s = 0; s < kBlocks; ++s) {
 #pragma unroll
-        for (int c = 0; c < 8; ++c) y[s][c / 4][c % 4] = base[c % 2];
+        for (int c = 0; c < 8; ++c) y[s][c / 4][c % 4] = HALVES ? base[c % 2] : 0.f;
       }
+      if (!HALVES) shift[0] = base[0], shift[1] = base[1];
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         uint32_t factors[C::kSteps][2], rest[C::kSteps][2];
@@ -406,7 +419,7 @@ struct PackedDecode {
 
   __device__ __forceinline__ void scores_per_token(uint32_t slot, float (&x)[kBlocks][2][4]) const {
     const Format& f = p.cache.key.format;
-    const int loads = f.group_size * C::kPlane / 128;  // of a group of channels: at least one
+    const int loads = f.group_size * C::kPlane / 128;  // of a group of channels: a power of two
     float y[kBlocks][2][4] = {};
 #pragma unroll
     for (int s = 0; s < kBlocks; ++s) {
@@ -426,8 +439,8 @@ struct PackedDecode {
           for (int m = 0; m < 2; ++m) add_product(y[s][m], codes[s], m, j, query[i][j]);
         }
       }
-      if ((i + 1) % loads != 0 && i + 1 < kLoads) continue;
-      const int k = i / loads;
+      if (((i + 1) & (loads - 1)) != 0 && i + 1 < kLoads) continue;
+      const int k = i * f.groups / kLoads;
       float sum[2];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
@@ -588,8 +601,8 @@ struct PackedDecode {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (half == 1 && !split) break;
-        if (32 * (q + half) % f.group_size == 0) {
-          const int k = 32 * (q + half) / f.group_size;
+        if (q + half == 0 || f.groups > 1) {
+          const int k = (q + half) * f.groups / (DIM / 32);
 #pragma unroll
           for (int s = 0; s < kBlocks; ++s) {
             const int token = tokens_of(s);
@@ -641,8 +654,8 @@ struct PackedDecode {
     const int warp = threadIdx.x / 32;
     const int first = share.first + warp, count = max(0, (share.last - first + kDecodeWarps - 1) / kDecodeWarps);
     start_cursor(first * kTokens);
-    key_part = part_of(p.cache.key, lane, each_of(false), CHANNEL ? kGroups : kBlocks);
-    value_part = part_of(p.cache.value, lane, each_of(true), kBlocks);
+    key_part = part_of(p.cache.key, lane, false);
+    value_part = part_of(p.cache.value, lane, true);
     auto start_copy = [&](int number) {  // keys (even) or values of this warp's tile number / 2
       if (number < 2 * count) {
         if (number % 2 == 0) next_tile();
@@ -657,10 +670,10 @@ struct PackedDecode {
       copy_async_wait<kSlots - 2>();
       __syncwarp();  // scales are copied by other lanes than those that read them
       start_copy(2 * tile + kSlots - 1);
-      float x[kBlocks][2][4];
+      float x[kBlocks][2][4], shift[2] = {0.f, 0.f};
       const uint32_t key = ring + 2 * tile % kSlots * slot_size;
       if (CHANNEL) {
-        scores_per_channel(key, tile == 0, x);
+        scores_per_channel(key, tile == 0, x, shift);
       } else {
         scores_per_token(key, x);
       }
@@ -669,7 +682,7 @@ struct PackedDecode {
       const uint32_t absent = tile + 1 < count ? cursor.absent_before : cursor.absent;
       const bool masks = absent != 0 || n.sinks + start + kTokens > columns.least_limit;
       softmax_step<kBlocks, kTiles>(
-          p, columns, masks, state, x, out, extra, [&](int s, int a) { return n.sinks + start + 4 * chunk(s) + a; },
+          p, columns, masks, state, x, shift, out, extra, [&](int s, int a) { return n.sinks + start + 4 * chunk(s) + a; },
           [&](int s, int) { return (absent >> (C::kMixed ? g >> 2 : s) & 1) != 0; });
       uint32_t weights[kBlocks][4];
 #pragma unroll
