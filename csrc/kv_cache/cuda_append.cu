@@ -108,7 +108,8 @@ Status append_tokens(const Append& a, const CudaContext& context) {
   const int64_t heads = c.batch * c.heads;
   const int64_t units = flushed(c, c.ring + a.tokens) / c.unit;  // at most: the ring was about to flush
   bool quantizes = units <= kMostUnitsAtOnce;
-  if (!quantizes && quantizes_tiles(c.key.format, a.dtype, a.key) && quantizes_tiles(c.value.format, a.dtype, a.value)) {
+  if (!quantizes && quantizes_tiles(c.key.format, a.dtype, a.key) &&
+      quantizes_tiles(c.value.format, a.dtype, a.value)) {
     Status status = flush_tiles(a, c.key, a.key, units, context);
     if (status.ok()) status = flush_tiles(a, c.value, a.value, units, context);
     if (!status.ok()) return status;

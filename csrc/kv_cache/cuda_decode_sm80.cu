@@ -11,7 +11,7 @@ namespace {
 
 using namespace sparsekit::cuda;
 
-constexpr int kThreads = 128, kRows = 8, kMostResident = 3;
+constexpr int kThreads = 128, kRows = 8;
 
 PackedDecodeKernel kernel_of(int bits, int dim, bool per_channel, int group_size) {
   switch (bits) {
@@ -69,7 +69,7 @@ void cut(const DecodeAttention& p, const CudaContext& context, int* splits, int*
   SharedMemory memory;
   int64_t resident = 1;
   if (shared_memory_of_device(&memory).ok()) resident = memory.per_multiprocessor / int64_t(kernel.shared_bytes + 1024);
-  const int64_t most = p.plain ? 2 : kMostResident;
+  const int64_t most = p.plain ? 2 : kDecodeResident;
   resident = (resident < 1 ? 1 : resident > most ? most : resident) * context.multiprocessors;
   const int64_t rows = (p.heads_q / p.heads_kv * p.len_q + kRows - 1) / kRows;
   const int64_t least = 4 * kernel.tokens;  // a tile per warp

@@ -4,7 +4,8 @@
 // query heads per key head nothing of a tile is wasted, and codes are the A operand: 256 of them per product. Scores
 // come out with tokens in rows, the values' product needs them as B with tokens along k: one movmatrix per 8 tokens.
 // A warp walks its own tiles of tokens with its own cp.async ring, without barriers; shared memory is only a
-// deep prefetch buffer. The 4 warps of a CTA merge at the end, the CTAs of a head in cuda_decode_merge.cu. Bound: memory.
+// deep prefetch buffer. The 4 warps of a CTA merge at the end, the CTAs of a head in cuda_decode_merge.cu. Bound:
+// memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -68,31 +69,21 @@ __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
   return bits_of(__hmul2(half2_of(a), half2_of(b)));
 }
 
-/// What a lane knows of its two query rows, columns 2t and 2t + 1 of every score tile.
+/// What a lane knows of its two query rows, columns 2t and 2t + 1 of every score tile: little, since it is kept in
+/// registers all along.
 struct Columns {
-  int row[2];       // of the key head; rows past p.rows are computed and dropped
-  int limit[2];     // keys that it sees: those before this one
+  int b, h, row;    // row: of the key head, of the first column; rows past p.rows are computed and dropped
+  int least_limit;  // of all rows of the CTA: keys that they see are those before this one
   float factor[2];  // of a score as the products give it, times log2 e
-  const float* bias[2];
-  float* scores[2];
-  int least_limit;  // of all rows of the CTA
+
+  __device__ __forceinline__ bool used(const Decode& p, int c) const { return row + c < p.rows; }
+  __device__ __forceinline__ int limit(const Decode& p, int c) const {
+    return least_limit + min(row + c, p.rows - 1) % int(p.len_q);
+  }
 };
 
 __device__ __forceinline__ Columns columns_of(const Decode& p, int64_t b, int64_t h, int first_row, int length) {
-  Columns c;
-  const int t = threadIdx.x % 4;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = first_row + 2 * t + i;
-    const bool used = row < p.rows;
-    c.row[i] = row;
-    c.limit[i] = p.limit(length, used ? row : p.rows - 1);
-    c.bias[i] = used ? p.bias(b, h, row) : nullptr;
-    c.scores[i] = used ? p.scores_of(b, h, row) : nullptr;
-    c.factor[i] = 1.f;
-  }
-  c.least_limit = length - int(p.len_q) + 1;
-  return c;
+  return {int(b), int(h), first_row + 2 * int(threadIdx.x % 4), length - int(p.len_q) + 1, {1.f, 1.f}};
 }
 
 /// |scale|; its sign goes to the query, so that a maximum of products is one of scores. Not 0: -inf * 0 is NaN.
@@ -109,18 +100,24 @@ struct Softmax {
 template <int STEPS>
 __device__ __noinline__ void finish_scores(const Decode& p, const Columns& columns, float (&x)[STEPS * 8],
                                            const int (&at)[STEPS * 4]) {
-  for (int i = 0; i < STEPS * 8; ++i) {
-    const int c = i % 2, token = at[i / 2];
-    float score = x[i] * kLn2;
-    if (p.softcap > 0.f) score = p.softcap * tanh_fast(score / p.softcap);
-    if (token >= 0 && token < columns.limit[c]) {
-      if (columns.bias[c] && token < p.bias_length) {
-        const float add = columns.bias[c][token];
-        score = add == -kInfinity ? -kInfinity : score + add;  // a hidden key reaches nothing, not even by a NaN
+  for (int c = 0; c < 2; ++c) {
+    const bool used = columns.used(p, c);
+    const float* bias = used ? p.bias(columns.b, columns.h, columns.row + c) : nullptr;
+    float* scores = used ? p.scores_of(columns.b, columns.h, columns.row + c) : nullptr;
+    const int limit = columns.limit(p, c);
+    for (int i = c; i < STEPS * 8; i += 2) {
+      const int token = at[i / 2];
+      float score = x[i] * kLn2;
+      if (p.softcap > 0.f) score = p.softcap * tanh_fast(score / p.softcap);
+      if (token >= 0 && token < limit) {
+        if (bias && token < p.bias_length) {
+          const float add = bias[token];
+          score = add == -kInfinity ? -kInfinity : score + add;  // a hidden key reaches nothing, not even by a NaN
+        }
+        if (scores && token < p.scores_length) scores[token] = score;
       }
-      if (columns.scores[c] && token < p.scores_length) columns.scores[c][token] = score;
+      x[i] = score * kLog2e;
     }
-    x[i] = score * kLog2e;
   }
 }
 
@@ -147,13 +144,14 @@ __device__ __forceinline__ void softmax_step(const Decode& p, const Columns& col
     moved[0] = moved[1] = 0.f;
   }
   if (__builtin_expect(masks, 0)) {
+    const int limit[2] = {columns.limit(p, 0), columns.limit(p, 1)};
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int c = i % 2, a = i / 2;
         float& score = x[s][i / 4][i % 4];  // a shift that is NaN does not reach a token that is not seen
-        score = token(s, a) >= columns.limit[c] || hidden(s, a) ? -kInfinity : fmaf(score, factor[c], moved[c]);
+        score = token(s, a) >= limit[c] || hidden(s, a) ? -kInfinity : fmaf(score, factor[c], moved[c]);
       }
     }
     factor[0] = factor[1] = 1.f;
@@ -334,8 +332,7 @@ __device__ __forceinline__ void attend_rows(const Decode& p, int64_t b, int64_t 
     for (int q = 0; q < DIM / 32; ++q) {
       uint4 k[4];
 #pragma unroll
-      for (int a = 0; a < 4; ++a)
-        k[a] = load_shared(key + (4 * g + a) * (DIM * 2) + ((4 * q + t) ^ 4 * (g & 1)) * 16);
+      for (int a = 0; a < 4; ++a) k[a] = load_shared(key + (4 * g + a) * (DIM * 2) + ((4 * q + t) ^ 4 * (g & 1)) * 16);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         const uint32_t low[4] = {k[2 * m].x, k[2 * m + 1].x, k[2 * m].y, k[2 * m + 1].y};

@@ -5,6 +5,9 @@
 
 namespace sparsekit {
 
+/// CTAs of a multiprocessor that registers leave room for: warps wait for their own products most of the time.
+constexpr int kDecodeResident = 4;
+
 struct PackedDecodeKernel {
   const void* kernel = nullptr;
   size_t shared_bytes = 0;

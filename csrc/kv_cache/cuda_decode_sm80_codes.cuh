@@ -30,7 +30,8 @@ struct Codes {
     }
     if (kHigh) {
       // Both planes in nibbles: elements with even j in one word, those with odd j in another. The product moves the
-      // two high bits of a byte by different distances; where the wrong ones meet, they carry into a bit that is masked.
+      // two high bits of a byte by different distances; where the wrong ones meet, they carry into a bit that is
+      // masked.
       const uint32_t even = (word & 0x33333333u) | ((high & 0x05050505u) * 20 & 0x44444444u);
       const uint32_t odd = (word >> 2 & 0x33333333u) | ((high & 0x0a0a0a0au) * 10 & 0x44444444u);
 #pragma unroll

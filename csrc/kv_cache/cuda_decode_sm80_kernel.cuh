@@ -9,7 +9,7 @@ namespace sparsekit::cuda {
 /// Slot s of a head's states: share s of the quantized tokens; the last one: sinks and ring, in full precision. Those
 /// CTAs are the last of the grid, and where there are no such tokens they are gone at once.
 template <int BITS, int DIM, bool CHANNEL, bool HALVES>
-__global__ void __launch_bounds__(kDecodeThreads, 3) decode_packed(const __grid_constant__ Decode p) {
+__global__ void __launch_bounds__(kDecodeThreads, kDecodeResident) decode_packed(const __grid_constant__ Decode p) {
   using Kernel = PackedDecode<BITS, DIM, CHANNEL, HALVES>;
   extern __shared__ __align__(128) uint8_t shared[];
   const CtaPlace at = place_of_cta(p);

@@ -13,7 +13,7 @@
 // at most; where a tile's largest scale would take weight * scale beyond fp16, the exponent of everything summed so far
 // goes down (rare; one vote per tile, which finds NaN scales as well).
 //
-// TILES. 64 tokens (8 bits: 32), a ring of 4 slots per warp, keys and values in turn. Lane (g, t) = (lane / 4, lane %
+// TILES. 64 tokens (8 bits: 32), a ring of 3 slots per warp, keys and values in turn. Lane (g, t) = (lane / 4, lane %
 // 4) of step s takes 4 neighbouring tokens, chunk(g, s): 8 s + g, but with 2 and 3 bits, whose value words hold 16
 // tokens, 4 (g / 2) + 2 s + g % 2, so that lane t gets weights of the 16 tokens 16 t .. of its words.
 #pragma once
@@ -27,7 +27,7 @@ namespace sparsekit::cuda {
 template <int BITS, int DIM, bool CHANNEL, bool HALVES>
 struct PackedDecode {
   using C = Codes<BITS>;
-  static constexpr int kTokens = C::kTokens, kBlocks = kTokens / 32, kSlots = 4;
+  static constexpr int kTokens = C::kTokens, kBlocks = kTokens / 32, kSlots = 3;
   static constexpr int kLoads = DIM * C::kPlane / 128;  // of 16 bytes of a lane, per 32 tokens of keys
   static constexpr int kTiles = DIM / 16;               // of out
   static constexpr int kBlockBytes = 4 * DIM * (C::kHigh ? 3 : C::kPlane);
@@ -45,8 +45,6 @@ struct PackedDecode {
 
   const Decode& p;
   const int lane, g, t;
-  const int64_t b, h;
-  const int first_row;
   const Lengths n;
   const uint32_t ring;  // of this warp
   const int slot_size;
@@ -64,19 +62,18 @@ struct PackedDecode {
         lane(threadIdx.x % 32),
         g(lane / 4),
         t(lane % 4),
-        b(b),
-        h(h),
-        first_row(first_row),
         n(n),
         ring(ring),
-        slot_size(slot_bytes(p.cache.key.format.group_size)) {}
+        slot_size(slot_bytes(p.cache.key.format.group_size)),
+        columns(columns_of(p, b, h, first_row, n.total())) {}
 
   __device__ __forceinline__ int chunk(int s) const { return C::kMixed ? 4 * (g >> 1) + 2 * s + (g & 1) : 8 * s + g; }
   /// The first of this lane's 8 tokens of step s, as the values' product has them.
   __device__ __forceinline__ int tokens_of(int s) const { return C::kMixed ? 16 * t + 8 * s : 32 * s + 8 * t; }
 
   __device__ __forceinline__ void load_query() {
-    const int row = first_row + g;
+    const int64_t b = columns.b, h = columns.h;
+    const int row = columns.row - 2 * t + g;
     const bool used = row < p.rows;
     const int64_t from = used ? p.query_row(b, h, row) : 0;
     // Elements of each word's channels, 4 at a time.
@@ -112,7 +109,6 @@ struct PackedDecode {
         query[i][j][1] = pack<__half>(quad[1] * shift, quad[3] * shift);
       }
     }
-    columns = columns_of(p, b, h, first_row, n.total());
     const float unit = magnitude_of(p.scale) * kLog2e * C::kUnit / float(1 << exponent);
 #pragma unroll
     for (int c = 0; c < 2; ++c) columns.factor[c] = __shfl_sync(kAllLanes, up, 8 * t + 4 * c) * unit;
@@ -153,8 +149,9 @@ struct PackedDecode {
 
   __device__ __forceinline__ int first_block(int page) const {
     const Cache& c = p.cache;
-    const int64_t number = c.page(b, h, page);
-    return number < 0 ? -1 : int((number * c.page_heads + (c.page_heads == 1 ? 0 : h)) * (c.page_size / kv_block));
+    const int64_t number = c.page(columns.b, columns.h, page);
+    return number < 0 ? -1
+                      : int((number * c.page_heads + (c.page_heads == 1 ? 0 : columns.h)) * (c.page_size / kv_block));
   }
   __device__ __forceinline__ void start_cursor(int token) {
     const int blocks = p.cache.page_size / kv_block;
@@ -246,7 +243,10 @@ struct PackedDecode {
     if (!part.from) return;
     const int block = part.of ? cursor.blocks[1] : cursor.blocks[0];
     const Format& f = value ? p.cache.value.format : p.cache.key.format;
-    const int64_t at = !value && CHANNEL ? int64_t(block >> (f.group_size == 32 ? 0 : f.group_size == 64 ? 1 : 2)) * DIM
+    const int64_t at = !value && CHANNEL ? int64_t(block >> (f.group_size == 32   ? 0
+                                                             : f.group_size == 64 ? 1
+                                                                                  : 2)) *
+                                               DIM
                                          : int64_t(block) * (f.groups * 32);
     copy_async_16(to, part.from + at, !(cursor.absent >> part.of & 1));
   }
@@ -391,18 +391,16 @@ struct PackedDecode {
             factors[j][c] = bits_of(product);
           }
         }
-        // Products that follow each other go to different sums: one waits about 33 cycles for the one before it.
-        uint32_t codes[kBlocks][4][2 * C::kSteps];
 #pragma unroll
-        for (int s = 0; s < kBlocks; ++s) load_codes(slot, i, s, codes[s]);
+        for (int s = 0; s < kBlocks; ++s) {
+          if (HALVES && !C::kMixed && s != k) continue;
+          uint32_t codes[4][2 * C::kSteps];
+          load_codes(slot, i, s, codes);
 #pragma unroll
-        for (int part = 0; part < 2 * C::kSteps; ++part) {
-          const int j = part / 2;
+          for (int part = 0; part < 2 * C::kSteps; ++part) {
 #pragma unroll
-          for (int s = 0; s < kBlocks; ++s) {
-            if (HALVES && !C::kMixed && s != k) continue;
-#pragma unroll
-            for (int m = 0; m < 2; ++m) add_product(y[s][m], codes[s], m, j, part % 2 ? rest[j] : factors[j]);
+            for (int m = 0; m < 2; ++m)
+              add_product(y[s][m], codes, m, part / 2, part % 2 ? rest[part / 2] : factors[part / 2]);
           }
         }
       }
@@ -428,15 +426,14 @@ struct PackedDecode {
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      uint32_t codes[kBlocks][4][2 * C::kSteps];
 #pragma unroll
-      for (int s = 0; s < kBlocks; ++s) load_codes(slot, i, s, codes[s]);
+      for (int s = 0; s < kBlocks; ++s) {
+        uint32_t codes[4][2 * C::kSteps];
+        load_codes(slot, i, s, codes);
 #pragma unroll
-      for (int j = 0; j < C::kSteps; ++j) {
+        for (int j = 0; j < C::kSteps; ++j) {
 #pragma unroll
-        for (int s = 0; s < kBlocks; ++s) {
-#pragma unroll
-          for (int m = 0; m < 2; ++m) add_product(y[s][m], codes[s], m, j, query[i][j]);
+          for (int m = 0; m < 2; ++m) add_product(y[s][m], codes, m, j, query[i][j]);
         }
       }
       if (((i + 1) & (loads - 1)) != 0 && i + 1 < kLoads) continue;
@@ -594,15 +591,11 @@ struct PackedDecode {
     }
     constexpr int kParts = C::kMixed ? 1 : kBlocks * (2 / C::kSteps);  // loads of 32 channels
     uint32_t scaled[2 * kBlocks][2];
-    // 64 channels at a time: four sums, so that products do not wait for the one before.
 #pragma unroll
-    for (int q = 0; q < DIM / 32; q += 2) {
-      const bool split = f.group_size == 32;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (half == 1 && !split) break;
-        if (q + half == 0 || f.groups > 1) {
-          const int k = (q + half) * f.groups / (DIM / 32);
+    for (int q = 0; q < DIM / 32; ++q) {
+      if (q == 0 || f.groups > 1) {
+        const int k = q * f.groups / (DIM / 32);
+        if (q == 0 || k != (q - 1) * f.groups / (DIM / 32)) {
 #pragma unroll
           for (int s = 0; s < kBlocks; ++s) {
             const int token = tokens_of(s);
@@ -613,37 +606,28 @@ struct PackedDecode {
             scaled[2 * s + 1][1] = multiply(pairs[2 * s + 1][1], odd_of(x.z, x.w));
           }
         }
+      }
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          uint32_t codes[2][4][2 * C::kSteps];
+      for (int part = 0; part < kParts; ++part) {
+        // Rows of words: of the mixed ones, two blocks of two; else 4 or 8 of each block.
+        constexpr int kRows = C::kMixed ? 1 : 2 / C::kSteps;
+        const int block = C::kMixed ? t >> 1 : part / kRows;
+        const int row = C::kMixed ? t & 1 : t * kRows + part % kRows;
+        const uint32_t from = slot + block * kBlockBytes + q * 128;
+        const uint4 words = load_shared(from + row * DIM * 4 + (g ^ 2 * t) * 16);
+        uint4 high = make_uint4(0, 0, 0, 0);
+        if (C::kHigh) {
+          high = load_shared(from + 2 * DIM * 4 + (g ^ 4 * (t >> 1)) * 16);
+          const int by = 4 * (t & 1);
+          high.x >>= by, high.y >>= by, high.z >>= by, high.w >>= by;
+        }
+        uint32_t codes[4][2 * C::kSteps];
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            if (split && c != half) continue;
-            // Rows of words: of the mixed ones, two blocks of two; else 4 or 8 of each block.
-            constexpr int kRows = C::kMixed ? 1 : 2 / C::kSteps;
-            const int block = C::kMixed ? t >> 1 : part / kRows;
-            const int row = C::kMixed ? t & 1 : t * kRows + part % kRows;
-            const uint32_t from = slot + block * kBlockBytes + (q + c) * 128;
-            const uint4 words = load_shared(from + row * DIM * 4 + (g ^ 2 * t) * 16);
-            uint4 high = make_uint4(0, 0, 0, 0);
-            if (C::kHigh) {
-              high = load_shared(from + 2 * DIM * 4 + (g ^ 4 * (t >> 1)) * 16);
-              const int by = 4 * (t & 1);
-              high.x >>= by, high.y >>= by, high.z >>= by, high.w >>= by;
-            }
+        for (int a = 0; a < 4; ++a) C::unpack(word_of(words, a), word_of(high, a), codes[a]);
 #pragma unroll
-            for (int a = 0; a < 4; ++a) C::unpack(word_of(words, a), word_of(high, a), codes[c][a]);
-          }
+        for (int j = 0; j < C::kSteps; ++j) {
 #pragma unroll
-          for (int j = 0; j < C::kSteps; ++j) {
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              if (split && c != half) continue;
-#pragma unroll
-              for (int m = 0; m < 2; ++m)
-                add_product(out[2 * (q + c) + m], codes[c], m, j, scaled[part * C::kSteps + j]);
-            }
-          }
+          for (int m = 0; m < 2; ++m) add_product(out[2 * q + m], codes, m, j, scaled[part * C::kSteps + j]);
         }
       }
     }
@@ -678,11 +662,12 @@ struct PackedDecode {
         scores_per_token(key, x);
       }
       // Blocks that are none: past the end, or on a page out of range. The cursor is one tile ahead, except at the end.
-      static_assert(kSlots == 4, "copies of the next tile's keys have started, and no others");
+      static_assert(kSlots == 3 || kSlots == 4, "copies of the next tile's keys have started, and no others");
       const uint32_t absent = tile + 1 < count ? cursor.absent_before : cursor.absent;
       const bool masks = absent != 0 || n.sinks + start + kTokens > columns.least_limit;
       softmax_step<kBlocks, kTiles>(
-          p, columns, masks, state, x, shift, out, extra, [&](int s, int a) { return n.sinks + start + 4 * chunk(s) + a; },
+          p, columns, masks, state, x, shift, out, extra,
+          [&](int s, int a) { return n.sinks + start + 4 * chunk(s) + a; },
           [&](int s, int) { return (absent >> (C::kMixed ? g >> 2 : s) & 1) != 0; });
       uint32_t weights[kBlocks][4];
 #pragma unroll
@@ -713,7 +698,8 @@ struct PackedDecode {
       }
     }
     finish_split<DIM>(
-        p, b, h, slot_of_state, first_row, state, out, [&](int i) { return i / 2 * 32 + 4 * g + i % 2 * 2; }, shared);
+        p, columns.b, columns.h, slot_of_state, columns.row - 2 * t, state, out,
+        [&](int i) { return i / 2 * 32 + 4 * g + i % 2 * 2; }, shared);
   }
 };
 

@@ -1,8 +1,9 @@
 // quantize_kv and dequantize_kv on CUDA.
 //
-// Quantization: rows of 16 bits by cuda_quantize_rows.cuh. What that does not take: a CTA takes one tile (a key group of
-// 32, 64 or 128 tokens; 64 tokens where groups lie inside a token) of 128 channels: cuda_quantize.cuh. Dequantization: a thread makes 4 neighbouring channels of a token; words that
-// neighbours share come from L1. Both are bound by memory: bytes of x once, bytes of codes once.
+// Quantization: rows of 16 bits by cuda_quantize_rows.cuh. What that does not take: a CTA takes one tile (a key group
+// of 32, 64 or 128 tokens; 64 tokens where groups lie inside a token) of 128 channels: cuda_quantize.cuh.
+// Dequantization: a thread makes 4 neighbouring channels of a token; words that neighbours share come from L1. Both are
+// bound by memory: bytes of x once, bytes of codes once.
 #include <cuda_runtime.h>
 
 #include "common/cuda/launch.h"
@@ -79,8 +80,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 bool quantizes_tiles(const Format& f, DType dtype, const InputView& x) {
-  const bool aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.batch % 8 == 0 && x.head % 8 == 0 &&
-                       x.row % 8 == 0;
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.batch % 8 == 0 && x.head % 8 == 0 && x.row % 8 == 0;
   return aligned && (dtype == DType::bf16 || dtype == DType::f16) && !(f.per_channel && f.value_layout);
 }
 
@@ -94,10 +95,10 @@ Status quantize_tiles(const QuantizeTiles& q, DType dtype, int64_t all_heads, co
     return error(Status::Kind::unsupported, "%s: %lld tiles of %d tokens; supported: 2^31 - 1", what, (long long)ctas,
                  tile_tokens(f));
   void* arguments[] = {const_cast<QuantizeTiles*>(&q)};
-  return status_of(cudaLaunchKernel(kernel, dim3(unsigned(ctas), unsigned(ceil_div(f.dim, kSlice))),
-                                    dim3(unsigned(tile_tokens(f) * 2)), arguments, 0,
-                                    static_cast<cudaStream_t>(context.stream)),
-                   what);
+  return status_of(
+      cudaLaunchKernel(kernel, dim3(unsigned(ctas), unsigned(ceil_div(f.dim, kSlice))),
+                       dim3(unsigned(tile_tokens(f) * 2)), arguments, 0, static_cast<cudaStream_t>(context.stream)),
+      what);
 }
 
 Status kv_quantize(const KvQuantize& a, const CudaContext& context) {

@@ -63,8 +63,8 @@ struct QuantizeRows {
 
   struct Shared {
     union {
-      uint4 extremes[kMostWarps][2][16];              // per channel: of a warp, highest and negated lowest
-      uint32_t rows[kMostWarps][kWarpTokens][16];     // per token: of a lane, highest and negated lowest
+      uint4 extremes[kMostWarps][2][16];           // per channel: of a warp, highest and negated lowest
+      uint32_t rows[kMostWarps][kWarpTokens][16];  // per token: of a lane, highest and negated lowest
     };
     uint4 second[kWidth == 3 && VALUE ? kMostWarps / 2 : 1][2][16];  // 3 bits of values: words of a block's second half
     // Per channel: [group of the tile][channel]; per token: [token][group of the slice], up to 4.
@@ -81,7 +81,9 @@ struct QuantizeRows {
 
   __device__ __forceinline__ QuantizeRows(const Format& f, int count, int slice, Shared& shared)
       : f(f),
-        shift(f.group_size == 32 ? 5 : f.group_size == 64 ? 6 : 7),
+        shift(f.group_size == 32   ? 5
+              : f.group_size == 64 ? 6
+                                   : 7),
         count(count),
         slice(slice),
         shared(shared),
@@ -111,9 +113,7 @@ struct QuantizeRows {
   static __device__ __forceinline__ float most(bool symmetric) {
     return symmetric ? float((1 << (kWidth - 1)) - 1) : float((1 << kWidth) - 1);
   }
-  static __device__ __forceinline__ float middle(bool symmetric) {
-    return symmetric ? float(1 << (kWidth - 1)) : 0.f;
-  }
+  static __device__ __forceinline__ float middle(bool symmetric) { return symmetric ? float(1 << (kWidth - 1)) : 0.f; }
 
   /// Scale and minimum of a group, and its step.
   __device__ __forceinline__ void settle(float low, float high, int at, uint16_t* scale, uint16_t* minimum) const {
@@ -174,8 +174,8 @@ struct QuantizeRows {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const uint32_t high = P::higher(P::higher(x[i][0], x[i][1]), P::higher(x[i][2], x[i][3]));
-      const uint32_t low = P::higher(P::higher(negated(x[i][0]), negated(x[i][1])),
-                                     P::higher(negated(x[i][2]), negated(x[i][3])));
+      const uint32_t low =
+          P::higher(P::higher(negated(x[i][0]), negated(x[i][1])), P::higher(negated(x[i][2]), negated(x[i][3])));
       const uint32_t both = P::higher(__byte_perm(high, low, 0x5410), __byte_perm(high, low, 0x7632));
       shared.rows[warp][token(i) % kWarpTokens][c] = d < f.dim ? both : P::kLowest;
     }
@@ -315,7 +315,8 @@ struct QuantizeRows {
         }
       }
       if (__builtin_expect(rare, 0)) {
-        const Codes all = exact(shared, f.symmetric, shift, count, t, c * 8, make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]));
+        const Codes all =
+            exact(shared, f.symmetric, shift, count, t, c * 8, make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]));
 #pragma unroll
         for (int k = 0; k < 8; ++k) codes[k] = all.of[k];
       }
@@ -370,7 +371,8 @@ struct QuantizeRows {
         if (odd) other = make_uint4(kept[0], kept[1], kept[2], kept[3]);
         __syncthreads();
         if (!odd && writes)
-          put(to + 2 * f.dim + d + 4 * half, kept[0] + other.x, kept[1] + other.y, kept[2] + other.z, kept[3] + other.w);
+          put(to + 2 * f.dim + d + 4 * half, kept[0] + other.x, kept[1] + other.y, kept[2] + other.z,
+              kept[3] + other.w);
       }
       return;
     }
