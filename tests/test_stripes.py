@@ -269,6 +269,18 @@ def test_gradients_of_features(backend, feature, dtype, seed):
         check_backward(backend, problem, fast=True)
 
 
+@pytest.mark.parametrize("feature, group_size, dims", LARGE_GROUPS, ids=str)
+def test_gradients_of_large_groups(backend, feature, group_size, dims, seed):
+    """Whole tiles of 128 rows, and several of keys: what the largest kernels take."""
+    dtype = torch.float16 if feature in ("causal", "blocks") else torch.bfloat16
+    case = BASE.with_(head_dim=dims[0], value_dim=dims[1], group_size=group_size, block_size=(128, 128), dtype=dtype)
+    case = case.with_(heads_kv=1, len_q=200, len_k=290, columns=0.7).with_(**FEATURES[feature])
+    problem = make_problem(case, backend, seed, grad_lse=feature in ("sinks", "everything"))
+    check_backward(backend, problem, times=SEARCHED)
+    if backend.device == "cuda":
+        check_backward(backend, problem, fast=True, times=SEARCHED)
+
+
 @pytest.mark.parametrize("lists", ["q", "kv", "shared"])
 @pytest.mark.parametrize("heads, group_size", [((4, 4), 16), ((4, 2), 128), ((6, 1), 16)], ids=["mha", "gqa", "mqa"])
 def test_gradients_of_shared_heads(backend, heads, lists, group_size, seed):

@@ -19,5 +19,9 @@ size_t attention_backward_workspace_sm80(const AttentionProblem& problem, const 
 // The backward half of attention_cuda_stripes_sm80 (cuda_stripes_backward.cu).
 Status stripes_backward(const AttentionBackward& arguments, const CudaContext& context);
 size_t stripes_backward_workspace(const AttentionProblem& problem, const CudaContext& context);
+// The same of attention_cuda_stripes_sm90, which takes neither softcap nor bias. Deterministic gradients come from the
+// kernels above.
+Status stripes_backward_sm90(const AttentionBackward& arguments, const CudaContext& context);
+size_t stripes_backward_workspace_sm90(const AttentionProblem& problem, const CudaContext& context);
 
 }  // namespace sparsekit

@@ -47,6 +47,16 @@ const StripesBackwardKernel* kernel_for(const AttentionProblem& p, bool bias_gra
   return found;
 }
 
+/// The kernel of Hopper that holds the problem's dimensions; null: none.
+const StripesBackwardKernel* kernel_of_hopper(const AttentionProblem& p) {
+  const StripesBackwardKernels kernels =
+      p.dtype == DType::bf16 ? sm90::stripes_backward_kernels_bf16() : sm90::stripes_backward_kernels_f16();
+  for (const StripesBackwardKernel* kernel = kernels.first; kernel < kernels.first + kernels.count; ++kernel) {
+    if (std::max(p.head_dim, p.value_dim) <= kernel->dim) return kernel;
+  }
+  return nullptr;
+}
+
 /// The scratch in bytes, each part from an aligned place on.
 struct Scratch {
   int64_t plan = 0, rows = 0, sums = 0, kept_out = 0, bytes = 0;
@@ -93,25 +103,7 @@ Status walk_units(StripesBackward work, const StripesBackwardKernel& kernel, con
   return {};
 }
 
-}  // namespace
-}  // namespace cuda
-
-size_t stripes_backward_workspace(const AttentionProblem& p, const CudaContext&) {
-  cuda::SharedMemory card;
-  if (p.batch * p.heads_q == 0 || !cuda::shared_memory_of_device(&card).ok()) return 0;
-  // Whether a bias gradient is wanted the problem does not say: room for either kernel.
-  size_t most = 0;
-  for (const bool bias_gradient : {false, true}) {
-    const cuda::StripesBackwardKernel* kernel = cuda::kernel_for(p, bias_gradient, card);
-    if (!kernel) continue;
-    const cuda::Scratch scratch(p, cuda::stripe_plan(p, kernel->rows, kernel->keys), kernel->dim);
-    most = std::max(most, size_t(scratch.bytes));
-  }
-  return most;
-}
-
-Status stripes_backward(const AttentionBackward& a, const CudaContext& context) {
-  using namespace cuda;
+Status backward(const AttentionBackward& a, const CudaContext& context, bool hopper) {
   auto stream = static_cast<cudaStream_t>(context.stream);
   if (a.batch == 0 || a.heads_q == 0) return {};
   if (a.batch > 65535 || a.heads_q > 65535) {
@@ -122,7 +114,7 @@ Status stripes_backward(const AttentionBackward& a, const CudaContext& context) 
   Status status = shared_memory_of_device(&card);
   if (!status.ok()) return status;
   const bool bias_gradient = a.grad_key_bias != nullptr;
-  const StripesBackwardKernel* kernel = kernel_for(a, bias_gradient, card);
+  const StripesBackwardKernel* kernel = hopper ? kernel_of_hopper(a) : kernel_for(a, bias_gradient, card);
   if (!kernel) {
     return error(Status::Kind::unsupported,
                  "stripe-sparse attention backward: head dims %d / %d need more shared memory than this GPU's %d bytes",
@@ -165,6 +157,38 @@ Status stripes_backward(const AttentionBackward& a, const CudaContext& context) 
   if (status.ok()) status = walk_units(work, *kernel, card, memory, context);
   if (status.ok()) status = kernels_of(a.dtype).finish(work, kernel->dim, stream);
   return status.ok() ? sum_backward_sinks(rows, stream) : status;
+}
+
+}  // namespace
+}  // namespace cuda
+
+size_t stripes_backward_workspace(const AttentionProblem& p, const CudaContext&) {
+  cuda::SharedMemory card;
+  if (p.batch * p.heads_q == 0 || !cuda::shared_memory_of_device(&card).ok()) return 0;
+  // Whether a bias gradient is wanted the problem does not say: room for either kernel.
+  size_t most = 0;
+  for (const bool bias_gradient : {false, true}) {
+    const cuda::StripesBackwardKernel* kernel = cuda::kernel_for(p, bias_gradient, card);
+    if (!kernel) continue;
+    const cuda::Scratch scratch(p, cuda::stripe_plan(p, kernel->rows, kernel->keys), kernel->dim);
+    most = std::max(most, size_t(scratch.bytes));
+  }
+  return most;
+}
+
+Status stripes_backward(const AttentionBackward& a, const CudaContext& context) {
+  return cuda::backward(a, context, false);
+}
+
+size_t stripes_backward_workspace_sm90(const AttentionProblem& p, const CudaContext& context) {
+  if (p.batch * p.heads_q == 0) return 0;
+  const cuda::StripesBackwardKernel& kernel = *cuda::kernel_of_hopper(p);
+  const cuda::Scratch scratch(p, cuda::stripe_plan(p, kernel.rows, kernel.keys), kernel.dim);
+  return std::max(size_t(scratch.bytes), stripes_backward_workspace(p, context));
+}
+
+Status stripes_backward_sm90(const AttentionBackward& a, const CudaContext& context) {
+  return cuda::backward(a, context, !a.deterministic);
 }
 
 }  // namespace sparsekit

@@ -41,3 +41,11 @@ StripesBackwardKernels stripes_backward_kernels_f16();
 StripesBackwardKernels stripes_backward_kernels_f32();
 
 }  // namespace sparsekit::cuda
+
+namespace sparsekit::sm90 {
+
+// Units of Hopper (cuda_stripes_backward_sm90.cuh): neither softcap nor bias, no sections, no `finish`.
+cuda::StripesBackwardKernels stripes_backward_kernels_bf16();
+cuda::StripesBackwardKernels stripes_backward_kernels_f16();
+
+}  // namespace sparsekit::sm90

@@ -59,6 +59,40 @@ __device__ __forceinline__ void mask_stripes(Scores<Tile>& s, const StripeSight&
   }
 }
 
+/// The same for a tile of columns where a key's position is its number: what a row does not see are keys above one
+/// bound, and of those that only the band shows, keys up to another. Bit by bit this took as long as two other tiles.
+template <class Tile>
+__device__ __forceinline__ void mask_columns(Scores<Tile>& s, const StripeSight& sight, const int32_t* place,
+                                             int first_row, const Lane& at) {
+  const AttentionProblem& p = sight.p;
+  int last[Tile::kRowTiles][2], before_band[Tile::kRowTiles][2];
+#pragma unroll
+  for (int i = 0; i < Tile::kRowTiles; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t position = sight.position(first_row + 16 * i + 8 * half + at.group);
+      last[i][half] = int(min(position, int64_t(kColumnRow) - 1));
+      before_band[i][half] = int(min(max(position - p.stripes.local, int64_t(-1)), int64_t(kColumnRow) - 1));
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < Tile::kKeys / 8; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int entry = place[8 * n + 2 * at.pair + c], key = entry & kColumnRow;
+      const int above = key >= p.len_k ? kColumnRow : p.causal || entry < 0 ? key : INT_MIN;
+      const int below = entry < 0 ? key : kColumnRow;
+#pragma unroll
+      for (int i = 0; i < Tile::kRowTiles; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (above > last[i][half] || below <= before_band[i][half]) s[i][n][2 * half + c] = -kInfinity;
+        }
+      }
+    }
+  }
+}
+
 /// transform_scores for the keys of a tile.
 template <class Tile>
 __device__ __forceinline__ void transform_stripes(Scores<Tile>& s, const AttentionProblem& p, const float* bias,
@@ -168,7 +202,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
     const int32_t* place = ring.place(tile);
     const bool of_block = ring.of_block(tile);
     if (transformed) transform_stripes<Tile>(s, p, bias, place, of_block, at);
-    if (sight.masks<kKeys>(place, of_block)) mask_stripes<Tile>(s, sight, place, of_block, first_row, at);
+    if (sight.masks<kKeys>(place, of_block)) {
+      if (of_block || p.key_positions) {
+        mask_stripes<Tile>(s, sight, place, of_block, first_row, at);
+      } else {
+        mask_columns<Tile>(s, sight, place, first_row, at);
+      }
+    }
     softmax.add(s, o, factor);
     if constexpr (sizeof(Element) == 2) {
       multiply_values_16bit<Tile>(o, s, v_lane);

@@ -29,7 +29,9 @@ const StripesForwardKernel* kernel_for(const AttentionProblem& p) {
 
 const char* refuses(const AttentionProblem& p, Direction direction, const CudaContext& context) {
   if (context.compute_capability != 90) return "needs a GPU of compute capability 9.0 (Hopper)";
-  if (direction == Direction::backward) return "backward is not in this implementation";
+  if (direction == Direction::backward && (p.softcap > 0.f || p.key_bias)) {
+    return "softcap, key_bias: not in the backward of this implementation";
+  }
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "dtype: supported are float16, bfloat16";
   if (p.packed()) return "packed batches (cu_seqlens) are not in this implementation";
   if (p.stripes.group_size % kRows) return "group_size: supported are multiples of 128";
@@ -53,7 +55,8 @@ const char* refuses(const AttentionProblem& p, Direction direction, const CudaCo
   return nullptr;
 }
 
-size_t workspace(const AttentionProblem& p, Direction, const CudaContext&) {
+size_t workspace(const AttentionProblem& p, Direction direction, const CudaContext& context) {
+  if (direction == Direction::backward) return stripes_backward_workspace_sm90(p, context);
   if (p.batch * p.heads_q * p.len_q == 0) return 0;
   return cuda::stripe_plan_bytes(cuda::stripe_plan(p, kRows, kKeys));
 }
@@ -99,14 +102,10 @@ Status forward(const AttentionForward& p, const CudaContext& context) {
   return {};
 }
 
-Status backward(const AttentionBackward&, const CudaContext&) {
-  return error(Status::Kind::unsupported, "backward is not in the implementation stripes_sm90");
-}
-
 }  // namespace
 }  // namespace sm90
 
 const CudaAttention attention_cuda_stripes_sm90 = {"stripes_sm90", sm90::refuses, sm90::workspace, sm90::forward,
-                                                   sm90::backward};
+                                                   stripes_backward_sm90};
 
 }  // namespace sparsekit

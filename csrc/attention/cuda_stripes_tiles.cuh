@@ -100,6 +100,13 @@ struct StripeSight {
 
   __device__ __forceinline__ bool positions() const { return p.query_positions || p.key_positions; }
 
+  /// Of a row, or of the last one for rows past it.
+  __device__ __forceinline__ int64_t position(int row) const {
+    row = min(row, int(p.len_q) - 1);
+    return p.query_positions ? p.query_positions[batch * p.query_positions_batch + row]
+                             : int64_t(row) + p.len_k - p.len_q;
+  }
+
   /// Whether some row may not see some key of a tile. Asked by a whole warp, which gets one answer.
   template <int KEYS>
   __device__ __forceinline__ bool masks(const int32_t* place, bool of_block) const {
@@ -125,8 +132,7 @@ struct StripeSight {
   __device__ __forceinline__ uint32_t word(const int32_t* place, bool of_block, int row, int first,
                                            uint32_t wanted) const {
     row = min(row, int(p.len_q) - 1);
-    const int64_t at =
-        p.query_positions ? p.query_positions[batch * p.query_positions_batch + row] : int64_t(row) + p.len_k - p.len_q;
+    const int64_t at = position(row);
     const int64_t local = at - p.stripes.local;  // the band begins behind it
     const int32_t* positions = p.key_positions ? p.key_positions + batch * p.key_positions_batch : nullptr;
     if (!of_block) {

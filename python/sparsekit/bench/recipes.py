@@ -23,7 +23,7 @@ from .timing import Stopwatch, median_ratio
 
 RECIPES: dict[str, Recipe] = {
     "anchor": recipes.AnchorAttention(theta=8.0),
-    "vertical-slash": recipes.MInference(default=recipes.VerticalSlash(4000, 2048), block_size=128),
+    "vertical-slash": recipes.MInference(default=recipes.VerticalSlash(10000, 128), block_size=128),
 }
 
 
