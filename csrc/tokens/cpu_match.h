@@ -9,136 +9,15 @@
 // 2210.09461), section 3.
 #pragma once
 
-#include <cstdlib>
 #include <cstring>
 
-#include "common/cpu/simd_math.h"
-#include "tokens/rows.h"
+#include "tokens/cpu_match_tile.h"
+#ifdef __AVX512VNNI__
+#include "tokens/cpu_match_screened.h"
+#endif
 
 namespace sparsekit {
 namespace {
-
-constexpr bool wide_file = Simd::registers == 32;
-constexpr int tile_rows = wide_file ? 8 : 4;
-constexpr int tile_vectors = 3;  // 8 x 3 sums + 3 operands + 1 broadcast of 32 registers; 4 x 3 + 3 + 1 of 16
-constexpr int panel = tile_vectors * Simd::lanes;
-constexpr int64_t block_steps =
-    256;  // of a panel at a time: 48 KB with 48 lanes; 64 to 512 are alike, a whole row of 1,024 is 15 % slower
-
-SPARSEKIT_INLINE int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
-
-/// How a metric's element becomes the product's: as it stands, or widened to fp32.
-struct MetricF32 {
-  using Element = float;
-  using Product = FloatProduct;
-  SPARSEKIT_INLINE Simd::Float load(const Element* p, int count) { return Simd::load_partial(p, count); }
-  SPARSEKIT_INLINE Simd::Int operand(const Element* p, int count) {
-    return count >= Simd::lanes ? Simd::load_int(p) : Simd::load_int_partial(p, count);
-  }
-};
-struct MetricF16 {
-  using Element = uint16_t;
-  using Product = FloatProduct;
-  SPARSEKIT_INLINE Simd::Float load(const Element* p, int count) {
-    return count >= Simd::lanes ? Simd::load_f16(p) : Simd::load_f16_partial(p, count);
-  }
-  SPARSEKIT_INLINE Simd::Int operand(const Element* p, int count) { return Simd::as_int(load(p, count)); }
-};
-struct MetricBf16 {
-  using Element = uint16_t;
-#ifdef SPARSEKIT_BF16_PRODUCT
-  using Product = Bf16Product;
-  SPARSEKIT_INLINE Simd::Int operand(const Element* p, int count) { return load_bf16_pairs(p, count); }
-#else
-  using Product = FloatProduct;
-  SPARSEKIT_INLINE Simd::Int operand(const Element* p, int count) { return Simd::as_int(load(p, count)); }
-#endif
-  SPARSEKIT_INLINE Simd::Float load(const Element* p, int count) {
-    return count >= Simd::lanes ? Simd::load_bf16(p) : Simd::load_bf16_partial(p, count);
-  }
-};
-
-/// Length of a row and a power of two that brings it near 1. `inverse`: what a product of scaled rows is multiplied
-/// with; 0 for a row of zeros (similarity 0), NaN for one with a NaN or an infinity (similar to none).
-struct RowNorm {
-  float inverse;
-  int exponent;  // 0 but for rows whose squares leave fp32
-};
-
-template <class Metric>
-RowNorm norm_of(const typename Metric::Element* row, int64_t dim) {
-  Simd::Float sum[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
-  int64_t d = 0;
-  for (; d + 4 * Simd::lanes <= dim; d += 4 * Simd::lanes) {
-    for (int i = 0; i < 4; ++i) {
-      Simd::Float x = Metric::load(row + d + i * Simd::lanes, Simd::lanes);
-      sum[i] = Simd::fma(x, x, sum[i]);
-    }
-  }
-  for (; d < dim; d += Simd::lanes) {
-    Simd::Float x = Metric::load(row + d, dim - d < Simd::lanes ? int(dim - d) : Simd::lanes);
-    sum[0] = Simd::fma(x, x, sum[0]);
-  }
-  float square = Simd::sum(Simd::add(Simd::add(sum[0], sum[1]), Simd::add(sum[2], sum[3])));
-  // Within these bounds no product of two rows leaves fp32, nor do its squares lose digits to denormals.
-  if (square > 0x1p-60f && square < 0x1p+60f) return {1.f / __builtin_sqrtf(square), 0};
-  double exact = 0;
-  for (d = 0; d < dim; d += Simd::lanes) {
-    int count = dim - d < Simd::lanes ? int(dim - d) : Simd::lanes;
-    alignas(64) float x[Simd::lanes];
-    Simd::store(x, Metric::load(row + d, count));
-    for (int i = 0; i < count; ++i) exact += double(x[i]) * x[i];
-  }
-  if (!(exact < __builtin_inf())) return {__builtin_nanf(""), 0};
-  if (exact == 0) return {0.f, 0};
-  double length = __builtin_sqrt(exact);
-  int exponent = -__builtin_ilogb(length);
-  return {float(1. / __builtin_ldexp(length, exponent)), exponent};
-}
-
-/// 2^exponent times a row of fp32 or bf16, written to `to`. (The squares of fp16 never leave fp32.)
-template <class Metric>
-const typename Metric::Element* scaled_row(const typename Metric::Element* row, int64_t dim, int exponent,
-                                           typename Metric::Element* to) {
-  constexpr int half = 4 - int(sizeof(*row));  // bytes that a bf16 lacks of the fp32 it is
-  for (int64_t d = 0; d < dim; ++d) {
-    float x = 0.f;
-    memcpy(reinterpret_cast<char*>(&x) + half, row + d, sizeof *row);
-    x = float(__builtin_ldexp(double(x), exponent));
-    memcpy(to + d, reinterpret_cast<char*>(&x) + half, sizeof *row);
-  }
-  return to;
-}
-
-/// sums[i][v] += the products of steps [begin, end): tile_rows sources, broadcast from `source` ([step][lanes]), with a
-/// panel ([step][panel]). A function of its own: inlined, GCC keeps what its caller needs in registers and spills sums.
-template <class Product>
-__attribute__((noinline)) void multiply_tile(const typename Product::Element* source,
-                                             const typename Product::Element* column, int64_t steps, float* sums) {
-  Simd::Float sum[tile_rows][tile_vectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < tile_rows; ++i) {
-#pragma GCC unroll 3
-    for (int v = 0; v < tile_vectors; ++v) sum[i][v] = Simd::load(sums + i * panel + v * Simd::lanes);
-  }
-  for (int64_t step = 0; step < steps; ++step, column += panel, source += Simd::lanes) {
-    typename Product::Operand b[tile_vectors];
-#pragma GCC unroll 3
-    for (int v = 0; v < tile_vectors; ++v) b[v] = Product::load(column + v * Simd::lanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < tile_rows; ++i) {
-      typename Product::Operand a = Product::broadcast(source + i);
-      Simd::hold(a);
-#pragma GCC unroll 3
-      for (int v = 0; v < tile_vectors; ++v) sum[i][v] = Product::madd(a, b[v], sum[i][v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < tile_rows; ++i) {
-#pragma GCC unroll 3
-    for (int v = 0; v < tile_vectors; ++v) Simd::store(sums + i * panel + v * Simd::lanes, sum[i][v]);
-  }
-}
 
 template <class Metric>
 struct Nearest {
@@ -149,7 +28,8 @@ struct Nearest {
 
   const NearestTask& task;
   const int64_t sample, first, last;  // sources
-  const int64_t dim, steps;           // steps: Product elements of a row
+  MatchMemory* memory;
+  const int64_t dim = task.match->dim, steps = (dim + pair - 1) / pair;  // steps: Product elements of a row
   Element* packed = nullptr;          // destinations [steps][panel]
   Element* sources = nullptr;         // [(last - first) / lanes, rounded up][steps][lanes]
   Source* scaled = nullptr;           // [lanes][dim]
@@ -244,8 +124,8 @@ struct Nearest {
                              held * panel * 4};
     int64_t at[8] = {};
     for (int i = 0; i < 7; ++i) at[i + 1] = at[i] + round_up(bytes[i], 64);
-    char* scratch = nullptr;
-    if (posix_memalign(reinterpret_cast<void**>(&scratch), 64, size_t(at[7]) + 64)) return false;
+    char* scratch = match_memory(memory, at[7]);
+    if (!scratch) return false;
     packed = reinterpret_cast<Element*>(scratch + at[0]);
     sources = reinterpret_cast<Element*>(scratch + at[1]);
     scaled = reinterpret_cast<Source*>(scratch + at[2]);
@@ -269,7 +149,6 @@ struct Nearest {
       for (int64_t i = 0; i < count; ++i) compare(i);
     }
     for (int64_t i = 0; i < count; ++i) finish(i);
-    free(scratch);
     return true;
   }
 
@@ -295,17 +174,21 @@ struct Nearest {
 };
 
 template <class Metric>
-bool search(const NearestTask& task, int64_t s, int64_t first, int64_t last) {
-  Nearest<Metric> nearest = {
-      task, s, first, last, task.match->dim, (task.match->dim + Metric::Product::pair - 1) / Metric::Product::pair};
-  return nearest.run();
+bool search(const NearestTask& task, int64_t s, int64_t first, int64_t last, MatchMemory* memory) {
+#ifdef __AVX512VNNI__
+  if (Metric::Product::pair == 1 && task.match->dim >= least_screened_dim) {
+    Screening found = Screened<Metric>{task, s, first, last, memory}.run();
+    if (found != Screening::unfit) return found == Screening::done;
+  }
+#endif
+  return Nearest<Metric>{task, s, first, last, memory}.run();
 }
 
-static bool nearest(const NearestTask& task, int64_t s, int64_t first, int64_t last) {
+static bool nearest(const NearestTask& task, int64_t s, int64_t first, int64_t last, MatchMemory* memory) {
   switch (task.match->dtype) {
-    case DType::f32: return search<MetricF32>(task, s, first, last);
-    case DType::f16: return search<MetricF16>(task, s, first, last);
-    case DType::bf16: return search<MetricBf16>(task, s, first, last);
+    case DType::f32: return search<MetricF32>(task, s, first, last, memory);
+    case DType::f16: return search<MetricF16>(task, s, first, last, memory);
+    case DType::bf16: return search<MetricBf16>(task, s, first, last, memory);
     default: return true;  // refused
   }
 }

@@ -6,7 +6,8 @@
 // Tiling: a row at a time, `block` vectors of it in registers while all entries of the row are added.
 // Bound: memory. Two things decide how much of it is used. Results larger than the caches are written with streaming
 // stores: an ordinary store reads its line first, a third more traffic for a copy. And the rows of a gather stand
-// anywhere, so the hardware sees no stream: while one row is copied, the same lines of a row `ahead` are fetched.
+// anywhere, so the hardware sees no stream: while one row is copied, the same lines of a row `ahead` are fetched, and the
+// first line of one twice as far, which brings its page's address.
 // Source: nothing but the formula; the order of the sum is that of the entries, so that threads do not matter.
 #pragma once
 
@@ -22,6 +23,7 @@ namespace {
 
 constexpr int line = 64;
 constexpr int64_t fetch_ahead = 8192;  // bytes between a copied line and the fetched one, at least
+constexpr int64_t small_page = 4096;
 
 // ---- writing around the caches: 64 bytes at an address that is a multiple of 64
 
@@ -168,11 +170,21 @@ static void sum_any(const RowTask& task, int64_t s, int64_t o, int64_t r, const 
   }
 }
 
+/// The first row that row r < rows of the result is made of, or null.
+SPARSEKIT_INLINE const char* row_of(const RowTask& task, int64_t s, int64_t o, int64_t r, int64_t rows,
+                                    const int32_t* offsets) {
+  if (r >= rows) return nullptr;
+  const Entries entries = entries_of(*task.plan, s, r, offsets);
+  return entries.count > 0 && entries.rows[0] >= 0 ? task.in_row(s, o, entries.rows[0]) : nullptr;
+}
+
 static void combine(const RowTask& task, int64_t s, int64_t o, int64_t first, int64_t last) {
   const RowPlan& plan = *task.plan;
   const int32_t* offsets = plan.sample_offsets(s);
   const int64_t bytes = task.out.row_bytes();
   const int64_t ahead = bytes >= fetch_ahead ? 1 : fetch_ahead / (bytes > 0 ? bytes : 1);
+  // Fetched rows may be the next call's: of 256 rows of 512 bytes that a call copies, the first 16 would come unfetched.
+  const int64_t rows = plan.to.cu_seqlens ? plan.to.count(s) : plan.out_rows;
   const bool has_base = task.base.data != nullptr;
   for (int64_t r = first; r < last; ++r) {
     Entries entries = entries_of(plan, s, r, offsets);
@@ -188,10 +200,11 @@ static void combine(const RowTask& task, int64_t s, int64_t o, int64_t first, in
     }
     const bool add_base = has_base && plan.base_always;
     if (entries.count == 1 && !add_base && (!entries.coefficients || entries.coefficients[0] == 1.f)) {
-      const char* next = nullptr;
-      if (r + ahead < last) {
-        Entries later = entries_of(plan, s, r + ahead, offsets);
-        if (later.count > 0 && later.rows[0] >= 0) next = task.in_row(s, o, later.rows[0]);
+      const char* next = row_of(task, s, o, r + ahead, rows, offsets);
+      // Each row stands in a page of its own, and finding it takes as long as several lines do: so a row further on is
+      // touched first.
+      if (const char* later = row_of(task, s, o, r + 2 * ahead, rows, offsets)) {
+        for (int64_t at = 0; at < bytes; at += small_page) __builtin_prefetch(later + at);
       }
       copy_row(out, task.in_row(s, o, entries.rows[0]), bytes, task.stream, next);
       continue;

@@ -1,5 +1,6 @@
 // Which kernels run, and how their work is cut: in chunks of about 128 KB of result, by shape alone.
 #include "common/cpu/features.h"
+#include "common/cpu/scratch.h"
 #include "tokens/check.h"
 #include "tokens/match.h"
 #include "tokens/plan.h"
@@ -208,6 +209,14 @@ Status scatter_tokens_backward(const ScatterTokensBackward& b, const ParallelFor
   return {};
 }
 
+char* match_memory(MatchMemory* memory, int64_t bytes) {
+  if (memory->bytes >= bytes) return memory->data;
+  give_back_scratch(memory->data);
+  memory->data = take_scratch(bytes);
+  memory->bytes = memory->data ? bytes : 0;
+  return memory->data;
+}
+
 Status match_tokens_search(const NearestTask& task, const ParallelFor& parallel) {
   Status status = check_isa();
   if (!status.ok()) return status;
@@ -217,22 +226,26 @@ Status match_tokens_search(const NearestTask& task, const ParallelFor& parallel)
     kernels = entry.kernels;
     break;
   }
-  // At most 256 sources an item, all about as many: packing the destinations costs as much as 10 sources.
+  // At most 256 sources an item, or 512 where there are samples enough; all items have about as many. Packing the
+  // destinations costs as much as 10 sources, or 60 where the products are the integers of cpu_match_screened.h.
+  const int64_t most = task.match->samples >= 32 ? 512 : 256;
   struct Context {
     const NearestTask& task;
     const TokenKernels& kernels;
     int64_t items, rows;  // of a sample
     std::atomic<bool> failed;
-  } context{task, *kernels, (task.sources + 255) / 256, 0, {false}};
+  } context{task, *kernels, (task.sources + most - 1) / most, 0, {false}};
   if (task.sources == 0) return {};
   context.rows = (task.sources + context.items - 1) / context.items;
   auto body = [](int64_t first, int64_t last, void* opaque) {
     Context& c = *static_cast<Context*>(opaque);
+    MatchMemory memory;
     for (int64_t at = first; at < last; ++at) {
       const int64_t s = at / c.items, begin = at % c.items * c.rows;
       const int64_t exist = (c.task.count(s) + 1) / 2, end = begin + c.rows < exist ? begin + c.rows : exist;
-      if (begin < end && !c.kernels.nearest(c.task, s, begin, end)) c.failed = true;
+      if (begin < end && !c.kernels.nearest(c.task, s, begin, end, &memory)) c.failed = true;
     }
+    give_back_scratch(memory.data);
   };
   parallel(0, task.match->samples * context.items, 1, body, &context);
   if (context.failed) return error(Kind::failed, "out of memory in bipartite_match");

@@ -107,7 +107,7 @@ double squared_length(const void* data, int64_t at, int64_t dim, DType type) {
   return sum;
 }
 
-bool nearest(const NearestTask& task, int64_t s, int64_t first, int64_t last) {
+bool nearest(const NearestTask& task, int64_t s, int64_t first, int64_t last, MatchMemory*) {
   const MatchTokens& m = *task.match;
   const int64_t tokens = task.count(s);
   for (int64_t i = first; i < last; ++i) {

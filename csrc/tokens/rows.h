@@ -68,6 +68,14 @@ struct NearestTask {
   int64_t count(int64_t s) const { return match->counts ? match->counts[s] : match->tokens; }
 };
 
+/// Scratch memory that a thread keeps from one item of a search to the next.
+struct MatchMemory {
+  char* data = nullptr;
+  int64_t bytes = 0;
+};
+/// At least `bytes` of it, aligned to 64; null: there is none. (dispatch.cpp)
+char* match_memory(MatchMemory* memory, int64_t bytes);
+
 /// One instruction set. A null function: not of this file.
 struct TokenKernels {
   const char* name;
@@ -75,7 +83,7 @@ struct TokenKernels {
   void (*combine)(const RowTask& task, int64_t s, int64_t o, int64_t first, int64_t last);
   void (*dots)(const DotTask& task, int64_t s, int64_t o, int64_t first, int64_t last);  // rows of the index
   /// Even-positioned tokens [first, last) (in pairs of positions) of sample s; false: no memory for the scratch.
-  bool (*nearest)(const NearestTask& task, int64_t s, int64_t first, int64_t last);
+  bool (*nearest)(const NearestTask& task, int64_t s, int64_t first, int64_t last, MatchMemory* memory);
   /// Why not, or null.
   const char* (*refuses_rows)(TokenType type, bool f64_coefficients);
   const char* (*refuses_match)(DType dtype);
