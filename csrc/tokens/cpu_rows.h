@@ -54,19 +54,18 @@ SPARSEKIT_INLINE bool streams(const char* to, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(to) % line == 0 && bytes % line == 0;
 }
 
-/// `next`: a row to fetch meanwhile, or null.
+/// `next`: a row to fetch meanwhile. `stream`: around the caches, for rows that stand where streams() says so.
+template <bool stream>
+SPARSEKIT_INLINE void copy_lines(char* to, const char* from, int64_t bytes, const char* next) {
+  for (int64_t at = 0; at < bytes; at += line) {
+    __builtin_prefetch(next + at);
+    if (stream) stream_line(to + at, from + at);
+  }
+  if (!stream) memcpy(to, from, size_t(bytes));
+}
+
 SPARSEKIT_INLINE void copy_row(char* to, const char* from, int64_t bytes, bool stream, const char* next) {
-  if (stream && streams(to, bytes)) {
-    for (int64_t at = 0; at < bytes; at += line) {
-      if (next) __builtin_prefetch(next + at);
-      stream_line(to + at, from + at);
-    }
-    return;
-  }
-  if (next) {
-    for (int64_t at = 0; at < bytes; at += line) __builtin_prefetch(next + at);
-  }
-  memcpy(to, from, size_t(bytes));
+  stream && streams(to, bytes) ? copy_lines<true>(to, from, bytes, next) : copy_lines<false>(to, from, bytes, next);
 }
 
 SPARSEKIT_INLINE void zero_row(char* to, int64_t bytes, bool stream) {
@@ -170,46 +169,69 @@ static void sum_any(const RowTask& task, int64_t s, int64_t o, int64_t r, const 
   }
 }
 
-/// The first row that row r < rows of the result is made of, or null.
-SPARSEKIT_INLINE const char* row_of(const RowTask& task, int64_t s, int64_t o, int64_t r, int64_t rows,
-                                    const int32_t* offsets) {
-  if (r >= rows) return nullptr;
-  const Entries entries = entries_of(*task.plan, s, r, offsets);
-  return entries.count > 0 && entries.rows[0] >= 0 ? task.in_row(s, o, entries.rows[0]) : nullptr;
+/// Rows between a copied one and the one that is fetched meanwhile.
+SPARSEKIT_INLINE int64_t rows_ahead(int64_t bytes) { return bytes > 0 && bytes < fetch_ahead ? fetch_ahead / bytes : 1; }
+/// The rows of the result in sample s: those past a call's last are the next call's.
+SPARSEKIT_INLINE int64_t rows_of(const RowPlan& plan, int64_t s) {
+  return plan.to.cu_seqlens ? plan.to.count(s) : plan.out_rows;
+}
+
+/// Rows of a gather: one entry each and nothing to add. Little is done per row: what stands between the loads of one row
+/// and those of the next keeps them from being in flight together (rows of 512 bytes: a quarter slower without this).
+template <bool stream>
+SPARSEKIT_INLINE void gather_rows(const RowTask& task, int64_t s, int64_t o, int64_t first, int64_t last) {
+  const RowPlan& plan = *task.plan;
+  const int32_t* index = plan.rows + s * plan.sample_entries;
+  const int64_t bytes = task.out.row_bytes(), out_stride = task.out.row, in_stride = task.in.row;
+  const int64_t ahead = rows_ahead(bytes), end = rows_of(plan, s) - 1;
+  char* out = task.out_row(s, o, first);
+  const char* in = task.in_row(s, o, 0);
+  for (int64_t r = first; r < last; ++r, out += out_stride) {
+    const int64_t row = index[r], next = index[r + ahead < end ? r + ahead : end];
+    const int64_t later = index[r + 2 * ahead < end ? r + 2 * ahead : end];
+    if (row < 0) {
+      zero_row(out, bytes, stream);
+      continue;
+    }
+    for (int64_t at = 0; at < bytes; at += small_page) __builtin_prefetch(in + later * in_stride + at);
+    copy_lines<stream>(out, in + row * in_stride, bytes, in + (next < 0 ? row : next) * in_stride);
+  }
 }
 
 static void combine(const RowTask& task, int64_t s, int64_t o, int64_t first, int64_t last) {
   const RowPlan& plan = *task.plan;
   const int32_t* offsets = plan.sample_offsets(s);
   const int64_t bytes = task.out.row_bytes();
-  const int64_t ahead = bytes >= fetch_ahead ? 1 : fetch_ahead / (bytes > 0 ? bytes : 1);
-  // Fetched rows may be the next call's: of 256 rows of 512 bytes that a call copies, the first 16 would come unfetched.
-  const int64_t rows = plan.to.cu_seqlens ? plan.to.count(s) : plan.out_rows;
-  const bool has_base = task.base.data != nullptr;
+  const bool has_base = task.base.data != nullptr, add_base = has_base && plan.base_always;
+  if (!offsets && plan.per_row == 1 && !plan.coefficients && !has_base && bytes > 0 && first < last) {
+    if (task.stream && streams(task.out_row(s, o, first), bytes | task.out.row)) {
+      gather_rows<true>(task, s, o, first, last);
+      return stream_end();
+    }
+    return gather_rows<false>(task, s, o, first, last);
+  }
+  const int64_t ahead = rows_ahead(bytes), rows = rows_of(plan, s);
   for (int64_t r = first; r < last; ++r) {
     Entries entries = entries_of(plan, s, r, offsets);
     char* out = task.out_row(s, o, r);
     if (entries.count == 1 && entries.rows[0] < 0) entries.count = 0;
     if (entries.count == 0) {
       if (has_base) {
-        copy_row(out, task.base_row(s, o, r), bytes, task.stream, nullptr);
+        const char* base = task.base_row(s, o, r);
+        copy_row(out, base, bytes, task.stream, base);
       } else {
         zero_row(out, bytes, task.stream);
       }
-      continue;
-    }
-    const bool add_base = has_base && plan.base_always;
-    if (entries.count == 1 && !add_base && (!entries.coefficients || entries.coefficients[0] == 1.f)) {
-      const char* next = row_of(task, s, o, r + ahead, rows, offsets);
-      // Each row stands in a page of its own, and finding it takes as long as several lines do: so a row further on is
-      // touched first.
-      if (const char* later = row_of(task, s, o, r + 2 * ahead, rows, offsets)) {
-        for (int64_t at = 0; at < bytes; at += small_page) __builtin_prefetch(later + at);
+    } else if (entries.count == 1 && !add_base && (!entries.coefficients || entries.coefficients[0] == 1.f)) {
+      const char *row = task.in_row(s, o, entries.rows[0]), *next = row;
+      if (r + ahead < rows) {
+        const Entries later = entries_of(plan, s, r + ahead, offsets);
+        if (later.count > 0 && later.rows[0] >= 0) next = task.in_row(s, o, later.rows[0]);
       }
-      copy_row(out, task.in_row(s, o, entries.rows[0]), bytes, task.stream, next);
-      continue;
+      copy_row(out, row, bytes, task.stream, next);
+    } else {
+      sum_any(task, s, o, r, entries, add_base);
     }
-    sum_any(task, s, o, r, entries, add_base);
   }
   if (task.stream) stream_end();
 }

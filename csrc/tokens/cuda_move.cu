@@ -6,11 +6,11 @@
 // its loads and stores is coalesced with its neighbours'. All index entries are fetched first, then all rows, then all
 // are stored: kVectors rows in flight per thread. Bound: memory, each row is read once and written once. A table of the
 // tensors travels as a kernel argument, so nothing is copied to the device before the launch.
+#include <cstdlib>
 #include <initializer_list>
 
 #include "tokens/cuda_implementations.h"
 #include "tokens/cuda_launch.h"
-#include "tokens/cuda_memory.cuh"
 #include "tokens/cuda_rows.cuh"
 
 namespace sparsekit::cuda {
@@ -19,15 +19,6 @@ namespace {
 constexpr int kThreads = 128;  // 256: 3 % slower
 constexpr int kVectors = 2;
 constexpr int64_t kBlockVectors = kVectors * kThreads;
-
-template <class Vector>
-__device__ __forceinline__ Vector load_vector(const Vector* from) {
-  if constexpr (sizeof(Vector) == 16) {
-    return load_16_once(from);
-  } else {
-    return __ldg(from);
-  }
-}
 
 struct Part {
   Shape shape;
@@ -44,66 +35,94 @@ struct Moves {
   Part part[kMostTensors];
 };
 
-template <class Vector, class Int, bool kStream>
+/// Where a vector stands and the index entry of its row. Entries are asked for, for all vectors of a thread, before any is
+/// looked at: widening one (its sign) would wait for it.
+struct Source {
+  Place at;
+  int64_t token;  // of an int32 index: its bits, the upper ones 0
+};
+
+/// kPlain: neither packed nor with a base.
+template <bool kPlain, class Int>
+__device__ __forceinline__ Source find_token(const Moves& a, const Part& part, Int v) {
+  Source source;
+  source.token = -1;
+  source.at = place_of<Int>(part.shape, kPlain ? Side() : a.to, v);
+  if constexpr (kPlain) source.at.flat = source.at.sample * a.to.rows + source.at.row;
+  if (source.at.sample < 0 || source.at.row >= a.index_rows) return source;
+  const int64_t entry = a.flat ? source.at.flat : source.at.sample * a.index_rows + source.at.row;
+  source.token = a.wide ? __ldg(static_cast<const long long*>(a.index) + entry)
+                        : int64_t(__ldg(static_cast<const uint32_t*>(a.index) + entry));
+  return source;
+}
+
+template <bool kPlain, class Vector>
+__device__ __forceinline__ const Vector* vector_of(const Moves& a, const Part& part, const Source& source) {
+  const Place& at = source.at;
+  const int64_t token = a.wide ? source.token : int32_t(source.token);
+  const char* row = nullptr;
+  if constexpr (kPlain) {
+    if (token < 0 || token >= a.from.rows) return nullptr;
+    row = part.in.data + at.outer * part.in.outer + at.sample * part.in.sample + token * part.in.row;
+  } else if (at.sample >= 0 && token >= 0 && token < a.from.count(at.sample)) {
+    row = part.in.at(a.from, at.sample, at.outer, token);
+  } else if (part.base.data) {
+    row = base_row(part.base, a.to, at);
+  } else {
+    return nullptr;
+  }
+  return reinterpret_cast<const Vector*>(row) + at.column;
+}
+
+/// kWhole: each kThreads vectors from a multiple of that on are of one row, found once for all threads.
+template <bool kPlain, bool kWhole, class Vector, class Int>
 __device__ __forceinline__ void move_part(const Moves& a, const Part& part, int64_t block) {
-  const Int first = Int(block) * Int(kBlockVectors) + threadIdx.x;
-  const char* from[kVectors];
-  Vector* to[kVectors];
+  const Int first = Int(block) * Int(kBlockVectors) + threadIdx.x, total = Int(part.shape.total);
+  Source source[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    const Int v = first + Int(i) * kThreads;
-    from[i] = nullptr;
-    to[i] = nullptr;
-    if (v >= Int(part.shape.total)) continue;
-    const Place at = place_of<Int>(part.shape, a.to, v);
-    to[i] = reinterpret_cast<Vector*>(part.out.data) + v;
-    int32_t source = -1;
-    if (at.sample >= 0 && at.row < a.index_rows) {
-      const int64_t entry = a.flat ? at.flat : at.sample * a.index_rows + at.row;
-      source = token_at(a.index, a.wide, entry, a.from.count(at.sample));
-    }
-    if (source >= 0) {
-      from[i] = part.in.at(a.from, at.sample, at.outer, source) + at.column * sizeof(Vector);
-    } else if (part.base.data) {
-      from[i] = base_row(part.base, a.to, at) + at.column * sizeof(Vector);
-    }
+    const Int v = (kWhole ? Int(block) * Int(kBlockVectors) : first) + Int(i) * kThreads;
+    source[i] = find_token<kPlain, Int>(a, part, v < total ? v : total - 1);
+    if (kWhole) source[i].at.column += threadIdx.x;
   }
   Vector value[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    value[i] = Vector();
-    if (from[i]) value[i] = load_vector(reinterpret_cast<const Vector*>(from[i]));
+    const Vector* from = vector_of<kPlain, Vector>(a, part, source[i]);
+    value[i] = from ? *from : Vector();
   }
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    if (!to[i]) continue;
-    if constexpr (kStream) {
-      __stcs(to[i], value[i]);
-    } else {
-      *to[i] = value[i];
-    }
+    const Int v = first + Int(i) * kThreads;
+    if (v < total) reinterpret_cast<Vector*>(part.out.data)[v] = value[i];
   }
 }
 
-/// kStream: the results are larger than the cache. (Asked per store it cost 5 registers, and an eighth of the warps.)
-template <class Int, bool kStream>
-__global__ void __launch_bounds__(kThreads) move(const __grid_constant__ Moves a) {
+template <bool kPlain, class Int, int kMode>
+__global__ void __launch_bounds__(kThreads, kPlain ? 2048 / kThreads : 1) move(const __grid_constant__ Moves a) {
   const Part& part = a.part[part_of_block(a.part, a.tensors)];
   const int64_t block = int64_t(blockIdx.x) - part.shape.first_block;
+  if (part.vector_bytes == 16) {
+    if (kPlain && kMode > 0 && part.shape.vectors.divisor % kThreads == 0) return move_part<kPlain, true, uint4, Int>(a, part, block);
+    return move_part<kPlain, false, uint4, Int>(a, part, block);
+  }
   switch (part.vector_bytes) {
-    case 16: return move_part<uint4, Int, kStream>(a, part, block);
-    case 8: return move_part<uint2, Int, kStream>(a, part, block);
-    case 4: return move_part<uint32_t, Int, kStream>(a, part, block);
-    case 2: return move_part<unsigned short, Int, kStream>(a, part, block);
-    default: return move_part<unsigned char, Int, kStream>(a, part, block);
+    case 8: return move_part<kPlain, false, uint2, Int>(a, part, block);
+    case 4: return move_part<kPlain, false, uint32_t, Int>(a, part, block);
+    case 2: return move_part<kPlain, false, unsigned short, Int>(a, part, block);
+    default: return move_part<kPlain, false, unsigned char, Int>(a, part, block);
   }
 }
 
-Status launch(const Moves& moves, int64_t blocks, int64_t bytes, bool wide, const CudaContext& context) {
+Status launch(const Moves& moves, int64_t blocks, bool wide, const CudaContext& context) {
   if (blocks > INT32_MAX) {
     return error(Status::Kind::unsupported, "tensors: the result has %lld KB; CUDA takes 8 TB", (long long)blocks * 4);
   }
-  auto* kernel = wide ? move<uint64_t, true> : bytes > kStreamBytes ? move<uint32_t, true> : move<uint32_t, false>;
+  bool plain = !moves.from.cu_seqlens && !moves.to.cu_seqlens;
+  for (int i = 0; i < moves.tensors; ++i) plain &= !moves.part[i].base.data;
+  const char* mode = getenv("MOVEV");
+  const int m = mode ? *mode - '0' : 2;
+  auto* kernel = wide ? move<false, uint64_t, 0> : !plain || m == 0 ? move<false, uint32_t, 0> : m == 1 ? move<true, uint32_t, 0> : move<true, uint32_t, 1>;
   if (blocks > 0) start(kernel, unsigned(blocks), kThreads, 0, context.stream, moves);
   return started("moving tokens");
 }
@@ -113,7 +132,7 @@ Status launch(const Moves& moves, int64_t blocks, int64_t bytes, bool wide, cons
 Status move_rows(const DevicePlan& plan, const TokenTensor* in, const TokenTensor* base, const TokenTensor* out,
                  int64_t tensors, const CudaContext& context) {
   Moves moves{Side(plan.from), Side(plan.to), plan.index, plan.wide, plan.flat, plan.index_rows, 0, {}};
-  int64_t blocks = 0, bytes = 0;
+  int64_t blocks = 0;
   bool wide = false;
   for (int64_t i = 0; i < tensors; ++i) {
     Part part;
@@ -125,17 +144,16 @@ Status move_rows(const DevicePlan& plan, const TokenTensor* in, const TokenTenso
     part.out = Rows(out[i]);
     if (part.shape.total == 0) continue;
     blocks += (part.shape.total + kBlockVectors - 1) / kBlockVectors;
-    bytes += part.shape.total * part.vector_bytes;
     wide |= part.shape.total > INT32_MAX - kBlockVectors;
     moves.part[moves.tensors++] = part;
     if (moves.tensors < kMostTensors && i + 1 < tensors) continue;
-    Status status = launch(moves, blocks, bytes, wide, context);
+    Status status = launch(moves, blocks, wide, context);
     if (!status.ok()) return status;
     moves.tensors = 0;
-    blocks = bytes = 0;
+    blocks = 0;
     wide = false;
   }
-  return moves.tensors > 0 ? launch(moves, blocks, bytes, wide, context) : Status{};
+  return moves.tensors > 0 ? launch(moves, blocks, wide, context) : Status{};
 }
 
 }  // namespace sparsekit::cuda
