@@ -497,9 +497,23 @@ def test_match(backend, dtype, dim):
 
 def test_match_of_many_tokens(backend):
     """More sources than one item of work holds, and a view whose rows have gaps."""
-    metric = random(1, 1200, 2, 48)[:, :, 1, 5:37]
-    with running(backend, match=True):
-        check_match(sparsekit.bipartite_match(metric, 400), metric, [400])
+    for metric in (random(1, 1200, 2, 48)[:, :, 1, 5:37], random(1, 1200, 2, 128)[:, :, 1, 5:117]):
+        with running(backend, match=True):
+            check_match(sparsekit.bipartite_match(metric, 400), metric, [400])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dim", [96, 250])
+def test_match_of_tokens_that_are_alike(backend, dtype, dim):
+    """Cosines of 0.99 to 1 in a few clusters, among them equal tokens: searches that round first must look twice."""
+    clusters = torch.randn(3, dim).repeat_interleave(34, 0)
+    for apart in (0.1, 0.01, 0.0):
+        metric = (clusters + apart * torch.randn(2, 102, dim)).to(dtype)
+        metric[:, 50:60] = metric[:, 49:50]
+        metric[0] *= torch.exp(3 * torch.randn(102, 1)).to(dtype)
+        with running(backend, dtype, match=True):
+            for protect in (0, 3):
+                check_match(sparsekit.bipartite_match(metric, 30, protect=protect), metric, [30] * 2, protect)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -520,10 +534,11 @@ def test_ragged_match(backend, wide):
         assert torch.equal(uniform.row, ragged.row) and torch.equal(uniform.kept, ragged.kept[:, :34])
 
 
-def test_ties_go_to_the_lower_position(backend):
-    """Entries of +-1 in 16 dimensions: every cosine is a multiple of 1 / 16, exact in every dtype and order."""
+@pytest.mark.parametrize("dim", [16, 256])
+def test_ties_go_to_the_lower_position(backend, dim):
+    """Entries of +-1: every cosine is a multiple of 1 / dim, exact in every dtype and order."""
     for dtype in FLOATS:
-        metric = (torch.randint(0, 2, (2, 90, 16)) * 2 - 1).to(dtype)
+        metric = (torch.randint(0, 2, (2, 90, dim)) * 2 - 1).to(dtype)
         metric[:, 40:60] = metric[:, :1]
         with running(backend, dtype, match=True):
             for protect in (0, 3):
@@ -534,12 +549,15 @@ def test_ties_go_to_the_lower_position(backend):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_match_of_bad_values(backend, dtype):
+@pytest.mark.parametrize("dim", [40, 130])
+def test_match_of_bad_values(backend, dtype, dim):
     """Zeros, NaN, infinities, and lengths whose squares leave float32."""
-    metric = random(1, 64, 40, dtype=dtype)
+    metric = random(1, 64, dim, dtype=dtype)
     metric[0, 4] = metric[0, 7] = 0
     metric[0, 10, 3] = metric[0, 13, 39] = torch.nan
     metric[0, 20, 0], metric[0, 23, 1] = torch.inf, -torch.inf
+    with running(backend, dtype, match=True):
+        check_match(sparsekit.bipartite_match(metric, 25), metric, [25])
     if dtype != torch.float16:
         for n, power in ((30, 100), (31, 120), (33, -100), (36, -120), (40, 112), (41, -125)):
             metric[0, n] *= 2.0**power

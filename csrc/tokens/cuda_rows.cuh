@@ -18,6 +18,7 @@
 namespace sparsekit::cuda {
 
 constexpr int kRowThreads = 256;
+constexpr int64_t kStreamBytes = 32 << 20;  // results beyond this leave the cache as soon as they can
 constexpr int kMostTensors = 12;            // of one launch: kernel arguments are at most 4 KB
 
 /// n / divisor for 0 <= n < 2^31 as a multiplication, an addition and a shift (Granlund and Montgomery 1994).

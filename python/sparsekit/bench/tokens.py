@@ -8,6 +8,7 @@ import argparse
 import ctypes
 import dataclasses
 import fnmatch
+import itertools
 import json
 import statistics
 import sys
@@ -43,15 +44,16 @@ def gather(row_bytes: int, device: str) -> Problem:
     kept, of = (96 << 20, 512 << 20) if device == "cpu" else (256 << 20, 2 << 30)
     x = torch.randn(1, of // row_bytes, row_bytes // 4, device=device)
     index = torch.randint(0, x.shape[1], (1, kept // row_bytes), device=device)
-    same = x[:, : index.shape[1]].clone()
-    into = torch.empty_like(same)
+    parts = [part for part in x.split(index.shape[1], 1) if part.shape[1] == index.shape[1]]
+    into = torch.empty_like(parts[0])
+    part = itertools.cycle(parts)  # where memory is not equally far everywhere, copies see all of it, as gathers do
     calls = {
         "sparsekit": lambda: sparsekit.gather_tokens(x, index),
-        "copy of as many bytes": lambda: into.copy_(same),
-        "torch clone": same.clone,
+        "copy of as many bytes": lambda: into.copy_(next(part)),
+        "torch clone": lambda: next(part).clone(),
         "torch index_select": lambda: x[0].index_select(0, index[0]),
     }
-    return Problem(calls, 2 * same.nbytes)
+    return Problem(calls, 2 * into.nbytes)
 
 
 def gather_several(device: str) -> Problem:
