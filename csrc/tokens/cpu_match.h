@@ -30,13 +30,13 @@ struct Nearest {
   const int64_t sample, first, last;  // sources
   MatchMemory* memory;
   const int64_t dim = task.match->dim, steps = (dim + pair - 1) / pair;  // steps: Product elements of a row
-  Element* packed = nullptr;          // destinations [steps][panel]
-  Element* sources = nullptr;         // [(last - first) / lanes, rounded up][steps][lanes]
-  Source* scaled = nullptr;           // [lanes][dim]
-  RowNorm* norms = nullptr;           // [last - first]
-  float* best = nullptr;              // [last - first, rounded up to lanes][lanes]
-  float* place = nullptr;             // the same: positions of the best, as bits
-  float* sums = nullptr;              // [last - first, rounded up to lanes][panel]
+  Element* packed = nullptr;                                             // destinations [steps][panel]
+  Element* sources = nullptr;  // [(last - first) / lanes, rounded up][steps][lanes]
+  Source* scaled = nullptr;    // [lanes][dim]
+  RowNorm* norms = nullptr;    // [last - first]
+  float* best = nullptr;       // [last - first, rounded up to lanes][lanes]
+  float* place = nullptr;      // the same: positions of the best, as bits
+  float* sums = nullptr;       // [last - first, rounded up to lanes][panel]
   alignas(64) float inverse[panel] = {};
   alignas(64) float bias[panel] = {};  // -inf where a lane holds no candidate
   alignas(64) int32_t position[panel] = {};

@@ -4,8 +4,8 @@
 //   <a, b> = <a - c, b - c> + <c, b - c> + <a, c>     the last term is the same for all destinations of a source
 //   q(x) = round(unit (x - c) / |x - c|)              <q(a), q(b)> = unit^2 <a - c, b - c> / (|a - c| |b - c|) + e
 //
-// vpdpwssd multiplies pairs of 16-bit integers and sums them exactly, twice as many as an FMA takes of fp32. So rows are
-// rounded to integers of one common length: a coordinate moves by half a unit, so |e| <= unit sqrt(dim) + dim / 4
+// vpdpwssd multiplies pairs of 16-bit integers and sums them exactly, twice as many as an FMA takes of fp32. So rows
+// are rounded to integers of one common length: a coordinate moves by half a unit, so |e| <= unit sqrt(dim) + dim / 4
 // (Cauchy-Schwarz), and no sum leaves int32 (again). Destinations that may be the best by that bound are compared in
 // fp32, whose own roundings the bound includes: the choice is that of comparing all in fp32. 1.2 of 288 are left of
 // normal numbers (dim 1,024). Tokens of a network lie close together; without c, half of all would be left where
@@ -34,9 +34,9 @@ struct Int16Product {
   }
 };
 
-constexpr float unit = 32000.f;            // length of the rounded rows: 32,767 less what rounding adds to it
+constexpr float unit = 32000.f;  // length of the rounded rows: 32,767 less what rounding adds to it
 constexpr int64_t least_screened_dim = 96, most_screened_dim = 1 << 20;  // rounding adds at most 512
-constexpr int64_t block_panels = 12;       // 576 destinations: 590 KB of integers with 256 sources
+constexpr int64_t block_panels = 12;  // 576 destinations: 590 KB of integers with 256 sources
 constexpr int dot_sources = 4, dot_targets = 6;
 
 /// out[i * dot_targets + j] = <a[i], b[j]>: the same bits for a pair wherever in the tile it stands.
@@ -94,20 +94,20 @@ struct Screened {
   const float integer_error = float(1.02 * unit * __builtin_sqrt(double(dim)) + 0.27 * double(dim));
   const float cosine_error = float((double(dim) / 8 + 64) * 0x1p-24);
   float center_square = 0.f;
-  int32_t first_valid = -1;    // the first destination that is similar to anything
+  int32_t first_valid = -1;  // the first destination that is similar to anything
   int64_t active_count = 0;
-  Element* packed = nullptr;   // destinations of a panel, [steps][panel]
-  Element* sources = nullptr;  // [held / lanes][steps][lanes]
-  int32_t* cosines = nullptr;  // of a block: [block_panels][held][panel]
-  float* center = nullptr;     // [dim, rounded up]
-  float* inverse = nullptr;    // of a block's destinations: Measure::inverse
-  float* length = nullptr;     // Measure::length
-  float* offset = nullptr;     // <c, b - c>
-  uint16_t* valid = nullptr;   // of a block: lanes that hold a candidate
-  Measure* measures = nullptr; // of the sources
-  float* best = nullptr;       // of the sources: the cosine but for the source's length
-  int32_t* target = nullptr;   // of the sources: the token
-  int32_t* active = nullptr;   // the sources that are similar to anything and not zero
+  Element* packed = nullptr;    // destinations of a panel, [steps][panel]
+  Element* sources = nullptr;   // [held / lanes][steps][lanes]
+  int32_t* cosines = nullptr;   // of a block: [block_panels][held][panel]
+  float* center = nullptr;      // [dim, rounded up]
+  float* inverse = nullptr;     // of a block's destinations: Measure::inverse
+  float* length = nullptr;      // Measure::length
+  float* offset = nullptr;      // <c, b - c>
+  uint16_t* valid = nullptr;    // of a block: lanes that hold a candidate
+  Measure* measures = nullptr;  // of the sources
+  float* best = nullptr;        // of the sources: the cosine but for the source's length
+  int32_t* target = nullptr;    // of the sources: the token
+  int32_t* active = nullptr;    // the sources that are similar to anything and not zero
 
   const Source* row(int64_t token) const {
     const InputView& view = task.match->metric;
@@ -246,8 +246,7 @@ struct Screened {
         for (int64_t i = 0; i < held; i += tile_rows) {
           const Element* source =
               sources + i / Simd::lanes * Simd::lanes * steps + begin * Simd::lanes + i % Simd::lanes;
-          multiply_tile<Int16Product>(source, packed + begin * panel, length,
-                                      reinterpret_cast<float*>(to + i * panel));
+          multiply_tile<Int16Product>(source, packed + begin * panel, length, reinterpret_cast<float*>(to + i * panel));
         }
       }
     }

@@ -6,9 +6,9 @@
 // Tiling: a row at a time, `block` vectors of it in registers while all entries of the row are added.
 // Bound: memory. Two things decide how much of it is used. Results larger than the caches are written with streaming
 // stores: an ordinary store reads its line first, a third more traffic for a copy. And the rows of a gather stand
-// anywhere, so the hardware sees no stream: while one row is copied, the same lines of a row `ahead` are fetched, and the
-// first line of one twice as far, which brings its page's address.
-// Source: nothing but the formula; the order of the sum is that of the entries, so that threads do not matter.
+// anywhere, so the hardware sees no stream: while one row is copied, the same lines of a row `ahead` are fetched, and
+// the first line of one twice as far, which brings its page's address. Source: nothing but the formula; the order of
+// the sum is that of the entries, so that threads do not matter.
 #pragma once
 
 #include <cstring>
@@ -65,7 +65,7 @@ SPARSEKIT_INLINE void copy_lines(char* to, const char* from, int64_t bytes, cons
 }
 
 SPARSEKIT_INLINE void copy_row(char* to, const char* from, int64_t bytes, bool stream, const char* next) {
-  stream && streams(to, bytes) ? copy_lines<true>(to, from, bytes, next) : copy_lines<false>(to, from, bytes, next);
+  stream&& streams(to, bytes) ? copy_lines<true>(to, from, bytes, next) : copy_lines<false>(to, from, bytes, next);
 }
 
 SPARSEKIT_INLINE void zero_row(char* to, int64_t bytes, bool stream) {
@@ -170,14 +170,17 @@ static void sum_any(const RowTask& task, int64_t s, int64_t o, int64_t r, const 
 }
 
 /// Rows between a copied one and the one that is fetched meanwhile.
-SPARSEKIT_INLINE int64_t rows_ahead(int64_t bytes) { return bytes > 0 && bytes < fetch_ahead ? fetch_ahead / bytes : 1; }
+SPARSEKIT_INLINE int64_t rows_ahead(int64_t bytes) {
+  return bytes > 0 && bytes < fetch_ahead ? fetch_ahead / bytes : 1;
+}
 /// The rows of the result in sample s: those past a call's last are the next call's.
 SPARSEKIT_INLINE int64_t rows_of(const RowPlan& plan, int64_t s) {
   return plan.to.cu_seqlens ? plan.to.count(s) : plan.out_rows;
 }
 
-/// Rows of a gather: one entry each and nothing to add. Little is done per row: what stands between the loads of one row
-/// and those of the next keeps them from being in flight together (rows of 512 bytes: a quarter slower without this).
+/// Rows of a gather: one entry each and nothing to add. Little is done per row: what stands between the loads of one
+/// row and those of the next keeps them from being in flight together (rows of 512 bytes: a quarter slower without
+/// this).
 template <bool stream>
 SPARSEKIT_INLINE void gather_rows(const RowTask& task, int64_t s, int64_t o, int64_t first, int64_t last) {
   const RowPlan& plan = *task.plan;

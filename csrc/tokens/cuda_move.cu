@@ -4,9 +4,12 @@
 //
 // Tiling: a block owns kVectors x 128 consecutive vectors of one result; a thread's vectors are 128 apart, so each of
 // its loads and stores is coalesced with its neighbours'. All index entries are fetched first, then all rows, then all
-// are stored: kVectors rows in flight per thread. Bound: memory, each row is read once and written once. A table of the
-// tensors travels as a kernel argument, so nothing is copied to the device before the launch.
-#include <cstdlib>
+// are stored: kVectors rows in flight per thread. Bound: memory, each row is read once and written once; L2, which
+// serves half of all accesses from its far half and so looks up 1.5 times the bytes, is 90 % busy then (H200). What
+// counts is how soon the loads start, and how many warps there are: plain results have a kernel of 32 registers, all
+// 2,048 threads. Ordinary loads and stores: asked to leave L2 first (st.cs, ld with L1::no_allocate) either is 2 to 3 %
+// slower, as are copies through shared memory by TMA. A table of the tensors travels as a kernel argument, so nothing
+// is copied to the device before the launch.
 #include <initializer_list>
 
 #include "tokens/cuda_implementations.h"
@@ -16,7 +19,7 @@
 namespace sparsekit::cuda {
 namespace {
 
-constexpr int kThreads = 128;  // 256: 3 % slower
+constexpr int kThreads = 128;  // 256: 5 % slower
 constexpr int kVectors = 2;
 constexpr int64_t kBlockVectors = kVectors * kThreads;
 
@@ -35,8 +38,8 @@ struct Moves {
   Part part[kMostTensors];
 };
 
-/// Where a vector stands and the index entry of its row. Entries are asked for, for all vectors of a thread, before any is
-/// looked at: widening one (its sign) would wait for it.
+/// Where a vector stands and the index entry of its row. Entries are asked for, for all vectors of a thread, before any
+/// is looked at: widening one (its sign) would wait for it.
 struct Source {
   Place at;
   int64_t token;  // of an int32 index: its bits, the upper ones 0
@@ -74,16 +77,14 @@ __device__ __forceinline__ const Vector* vector_of(const Moves& a, const Part& p
   return reinterpret_cast<const Vector*>(row) + at.column;
 }
 
-/// kWhole: each kThreads vectors from a multiple of that on are of one row, found once for all threads.
-template <bool kPlain, bool kWhole, class Vector, class Int>
+template <bool kPlain, class Vector, class Int>
 __device__ __forceinline__ void move_part(const Moves& a, const Part& part, int64_t block) {
   const Int first = Int(block) * Int(kBlockVectors) + threadIdx.x, total = Int(part.shape.total);
   Source source[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    const Int v = (kWhole ? Int(block) * Int(kBlockVectors) : first) + Int(i) * kThreads;
+    const Int v = first + Int(i) * kThreads;
     source[i] = find_token<kPlain, Int>(a, part, v < total ? v : total - 1);
-    if (kWhole) source[i].at.column += threadIdx.x;
   }
   Vector value[kVectors];
 #pragma unroll
@@ -98,19 +99,19 @@ __device__ __forceinline__ void move_part(const Moves& a, const Part& part, int6
   }
 }
 
-template <bool kPlain, class Int, int kMode>
-__global__ void __launch_bounds__(kThreads, kPlain ? 2048 / kThreads : 1) move(const __grid_constant__ Moves a) {
+/// Blocks of a multiprocessor: as many as the kernel's registers allow without spilling any.
+constexpr int blocks_of(bool plain, size_t int_bytes) { return plain ? 16 : int_bytes == 4 ? 12 : 10; }
+
+template <bool kPlain, class Int>
+__global__ void __launch_bounds__(kThreads, blocks_of(kPlain, sizeof(Int))) move(const __grid_constant__ Moves a) {
   const Part& part = a.part[part_of_block(a.part, a.tensors)];
   const int64_t block = int64_t(blockIdx.x) - part.shape.first_block;
-  if (part.vector_bytes == 16) {
-    if (kPlain && kMode > 0 && part.shape.vectors.divisor % kThreads == 0) return move_part<kPlain, true, uint4, Int>(a, part, block);
-    return move_part<kPlain, false, uint4, Int>(a, part, block);
-  }
+  if (part.vector_bytes == 16) return move_part<kPlain, uint4, Int>(a, part, block);  // no jump through a table
   switch (part.vector_bytes) {
-    case 8: return move_part<kPlain, false, uint2, Int>(a, part, block);
-    case 4: return move_part<kPlain, false, uint32_t, Int>(a, part, block);
-    case 2: return move_part<kPlain, false, unsigned short, Int>(a, part, block);
-    default: return move_part<kPlain, false, unsigned char, Int>(a, part, block);
+    case 8: return move_part<kPlain, uint2, Int>(a, part, block);
+    case 4: return move_part<kPlain, uint32_t, Int>(a, part, block);
+    case 2: return move_part<kPlain, unsigned short, Int>(a, part, block);
+    default: return move_part<kPlain, unsigned char, Int>(a, part, block);
   }
 }
 
@@ -120,9 +121,7 @@ Status launch(const Moves& moves, int64_t blocks, bool wide, const CudaContext& 
   }
   bool plain = !moves.from.cu_seqlens && !moves.to.cu_seqlens;
   for (int i = 0; i < moves.tensors; ++i) plain &= !moves.part[i].base.data;
-  const char* mode = getenv("MOVEV");
-  const int m = mode ? *mode - '0' : 2;
-  auto* kernel = wide ? move<false, uint64_t, 0> : !plain || m == 0 ? move<false, uint32_t, 0> : m == 1 ? move<true, uint32_t, 0> : move<true, uint32_t, 1>;
+  auto* kernel = wide ? move<false, uint64_t> : plain ? move<true, uint32_t> : move<false, uint32_t>;
   if (blocks > 0) start(kernel, unsigned(blocks), kThreads, 0, context.stream, moves);
   return started("moving tokens");
 }
