@@ -9,7 +9,8 @@ import torch
 import sparsekit
 from backends import BACKENDS, calls
 from sparsekit import reference_tokens as reference
-from test_tokens import FLOATS, assert_rounded, check_match, random, random_index
+from test_tokens import FLOATS, assert_rounded, random, random_index
+from test_tokens_match import check_match
 
 OPS = torch.ops.sparsekit
 pytestmark = pytest.mark.cuda

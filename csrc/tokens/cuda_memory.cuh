@@ -5,9 +5,9 @@
 
 namespace sparsekit::cuda {
 
-/// 16 bytes that leave nothing in L1 and bring their whole line of 128 bytes to L2, which they leave soon. For sums, with
-/// streaming stores: an ordinary load or store in place of either costs them 3 to 20 % (H200), where copies of rows are
-/// 4 % faster with ordinary ones.
+/// 16 bytes that leave nothing in L1 and bring their whole line of 128 bytes to L2, which they leave soon. For sums,
+/// with streaming stores: an ordinary load or store in place of either costs them 3 to 20 % (H200), where copies of
+/// rows are 4 % faster with ordinary ones.
 __device__ __forceinline__ uint4 load_16_once(const void* from) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
