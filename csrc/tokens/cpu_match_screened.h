@@ -8,7 +8,7 @@
 // are rounded to integers of one common length: a coordinate moves by half a unit, so |e| <= unit sqrt(dim) + dim / 4
 // (Cauchy-Schwarz), and no sum leaves int32 (again). Destinations that may be the best by that bound are compared in
 // fp32, whose own roundings the bound includes: the choice is that of comparing all in fp32. 1.2 of 288 are left of
-// normal numbers (dim 1,024), 1.4 where cosines are 0.99, as those of a network's tokens are; without c that took twice
+// normal numbers (dim 1,024), 1.4 where cosines are 0.99 (layers move tokens together); without c that took twice
 // as long as fp32. Where all are equal (a constant image), the second part alone costs what cpu_match.h does.
 //
 // Tiling: as cpu_match.h, but a block of destinations keeps its integers for all sources of the item; then the rows
