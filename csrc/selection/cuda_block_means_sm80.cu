@@ -1,18 +1,22 @@
-// Block scores by the mean on the GPU, and self-similarity of blocks.
+// Means of blocks on the GPU, for the block scores by the mean (their products: cuda_block_products_sm80.cu), and
+// self-similarity of blocks.
 //
 //   mean over pairs of scale * q_i . k_j = scale * (mean q) . (mean k)
 //   a block that causality cuts: sum over i of q_i . (sum of the k_j that row i sees), a running sum of keys
 //
-// First the means, then their products in tiles (cuda_score_tiles.cuh): each mean is the sum of three bf16 numbers, 24
-// bits, and a product that of the six products of parts that are not below 2^-24 of it. (As three tf32 products, the
-// splitting in every warp took 0.5 ms for 1,024 x 1,024 blocks of 32 heads, as long as reading query and key.) Where
-// query and key blocks are of one size and lie on the diagonal, each query block has one cut block, and one CTA
-// averages a key block and the query blocks of all heads that share it: every thread holds 16 bytes of 8 keys, adds
-// them up as it goes along its 8 rows, and what lies in the rows of other threads comes in as (sum of own q) . (sum of
+// Where query and key blocks are of one size and lie on the diagonal, each query block has one cut block, and one CTA
+// averages a key block and the query blocks of all heads that share it: every thread has 16 bytes of 8 rows, adds the
+// keys up as it goes along them, and what lies in the rows of other threads comes in as (sum of own q) . (sum of
 // earlier keys). So query and key are read once. Any other cut block is summed by a CTA of its own row of blocks, from
 // L2.
 //
+// The CTAs stay, and go over the problem block by block: a thread copies its own pieces of two blocks ahead to shared
+// memory (nobody else reads them: no barrier), also past the end of a key block, so that 64 KB per CTA are always on
+// their way. One barrier per block, for the sums of the warps.
+//
 // Bound: memory; 131,072 tokens, 32 heads over 8, D = 128, bf16: 1.34 GB.
+#include <algorithm>
+
 #include "selection/cuda_block_means.cuh"
 #include "selection/cuda_kernels.h"
 #include "selection/cuda_score_tiles.cuh"
@@ -74,7 +78,7 @@ struct Pool {
   int head_dim = 0, block = 0;
   bool keys = false;  // which length of a span
   Spans spans;
-  float* means = nullptr;       // [batch, heads, blocks, head_dim]
+  Means means;                  // [batch, heads, blocks, head_dim]
   float* similarity = nullptr;  // [batch, heads, blocks] or null
 };
 
@@ -137,10 +141,10 @@ __global__ void __launch_bounds__(kThreads) pool_pieces(Pool pool, Shares shares
       for (int i = 0; i < size; ++i) sum[i] += x[i];
     }
   }
-  float* mean = pool.means + result * pool.head_dim;
   put_piece(parts, sum);
-  for (int d = int(threadIdx.x); d < pool.head_dim; d += kThreads)
-    mean[d] = sum_groups(parts, shares, size, d) / float(rows);
+  for (int d = int(threadIdx.x); d < pool.head_dim; d += kThreads) {
+    pool.means.put(result * pool.head_dim + d, sum_groups(parts, shares, size, d) / float(rows));
+  }
   if constexpr (SIMILARITY) {
     __syncthreads();
     put_piece(parts, unit_sum);
@@ -198,7 +202,7 @@ __global__ void __launch_bounds__(kThreads) pool_elements(Pool pool) {
   }
   float square = 0.f;
   for (int d = int(threadIdx.x); d < pool.head_dim; d += kThreads) {
-    pool.means[result * pool.head_dim + d] = sums[d] / float(rows);
+    pool.means.put(result * pool.head_dim + d, sums[d] / float(rows));
     square = fmaf(unit_sums[d], unit_sums[d], square);
   }
   if (!pool.similarity) return;
@@ -221,104 +225,162 @@ void pool_blocks(const Pool& pool, int64_t batch, const Shares& shares, cudaStre
 
 // ---- means and the diagonal at once
 
-/// grid (blocks, key heads of all batches): key block n = blockIdx.x + `begin` and query block n - `shift` of the heads
-/// that share it; either may not exist.
+constexpr int kStages = 2, kWarps = kThreads / kWarp, kStageBytes = kRowsEach * kThreads * 16;
+
+struct Diagonal {
+  BlockScores p;
+  BlockMeans means;
+  Shares shares;
+  int begin = 0, blocks = 0;  // of the key blocks that have work
+  int shift = 0;              // key block n and query block n - shift meet on the diagonal
+  int64_t items = 0;          // blocks * key heads of all batches
+};
+
+/// A step of a CTA: part 0 of an item is the block of keys, parts 1 .. are those of the query heads that share it.
+/// Items go round the CTAs.
+struct DiagonalStep {
+  int64_t item;
+  int part = 0;
+
+  __device__ __forceinline__ void advance(const Diagonal& d) {
+    if (++part <= int(d.p.heads_q / d.p.heads_kv)) return;
+    part = 0;
+    item += gridDim.x;
+  }
+  __device__ __forceinline__ int n(const Diagonal& d) const { return d.begin + int(item % d.blocks); }
+  __device__ __forceinline__ int kv_head(const Diagonal& d) const { return int(item / d.blocks); }  // of all batches
+  __device__ __forceinline__ int64_t head(const Diagonal& d) const {                                // of all batches
+    return int64_t(kv_head(d)) * (d.p.heads_q / d.p.heads_kv) + part - 1;
+  }
+  /// Rows of the block that exist.
+  __device__ __forceinline__ int rows(const Diagonal& d) const {
+    const int block = d.p.lists.block_k, at = part == 0 ? n(d) : n(d) - d.shift;
+    return at < 0 ? 0 : int(clamped((part == 0 ? d.p.len_k : d.p.len_q) - int64_t(at) * block, 0, block));
+  }
+};
+
+/// Element `i` of every thread's piece becomes the sum over the groups of its warp up to its own.
+template <int SIZE>
+__device__ __forceinline__ void scan_groups(float (&x)[SIZE], int lanes) {
+  for (int step = lanes; step < kWarp; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) {
+      const float other = __shfl_up_sync(kLanes, x[i], step);
+      if (lane_of() >= step) x[i] += other;
+    }
+  }
+}
+
+/// One CTA for every place on the card: key blocks, and the query blocks of the heads that share them.
 template <class Element>
-__global__ void __launch_bounds__(kThreads, 2)
-    pool_diagonal(BlockScores p, BlockMeans means, Shares shares, int begin, int shift) {
+__global__ void __launch_bounds__(kThreads, 2) pool_diagonal(Diagonal d) {
   constexpr int size = Piece<Element>::size;
-  __shared__ float parts[kThreads * size];
-  __shared__ float sums[kThreads / kWarp];
-  const int n = int(blockIdx.x) + begin, m = n - shift, block = p.lists.block_k, dim = p.head_dim;
-  const int kv_heads = int(p.heads_kv), heads_each = int(p.heads_q) / kv_heads;
-  const int b = int(blockIdx.y) / kv_heads, kv_head = int(blockIdx.y) % kv_heads;
-  const int lane = int(threadIdx.x) % shares.lanes, group = int(threadIdx.x) / shares.lanes;
-  const int keys = n < 0 ? 0 : int(clamped(p.len_k - int64_t(n) * block, 0, block));
-  const int rows = m < 0 ? 0 : int(clamped(p.len_q - int64_t(m) * block, 0, block));
-  const int width = shares.lanes * size, first = group * kRowsEach, own = int(threadIdx.x) * size;
-  const bool used = lane * size < dim;
+  extern __shared__ __align__(128) unsigned char dynamic_shared[];
+  auto* stages = reinterpret_cast<uint4*>(dynamic_shared);  // [kStages][kRowsEach][kThreads]: each thread its own
+  auto* sums = reinterpret_cast<float*>(dynamic_shared + kStages * kStageBytes);  // [2][kWarps][width]
+  __shared__ float products[2][kWarps];
+  const BlockScores& p = d.p;
+  const Shares shares = d.shares;
+  const int lane = int(threadIdx.x) % shares.lanes, first = int(threadIdx.x) / shares.lanes * kRowsEach;
+  const int width = shares.lanes * size, dim = p.head_dim, column = lane * size;
+  const bool last_group = lane_of() >= kWarp - shares.lanes;  // of its warp
+  const int heads_kv = int(p.heads_kv), heads_each = int(p.heads_q / p.heads_kv);
 
-  __shared__ uint4 key[kRowsEach][kThreads];  // each thread its own: registers are for two heads' queries
-  const Element* keys_from = rows_of<Element>(p.key, b, kv_head, int64_t(max(n, 0)) * block) + lane * size;
+  auto load = [&](const DiagonalStep& step, int stage) {
+    if (step.item < d.items) {
+      const int rows = step.rows(d), b = step.kv_head(d) / heads_kv, kv_head = step.kv_head(d) % heads_kv;
+      const bool keys = step.part == 0;
+      const InputView& view = keys ? p.key : p.query;
+      const int64_t row = rows == 0 ? 0 : int64_t(keys ? step.n(d) : step.n(d) - d.shift) * p.lists.block_k + first;
+      const auto* from = rows_of<Element>(view, b, keys ? kv_head : kv_head * heads_each + step.part - 1, row) + column;
 #pragma unroll
-  for (int r = 0; r < kRowsEach; ++r) {
-    Piece<Element> piece;
-    piece.load(keys_from + int64_t(first + r) * p.key.row, used && first + r < keys);
-    key[r][threadIdx.x] = piece.bits;
-  }
-  {
-    float sum[size] = {};
-#pragma unroll
-    for (int r = 0; r < kRowsEach; ++r) {
-      float x[size];
-      Piece<Element>{key[r][threadIdx.x]}.widen(x);
-#pragma unroll
-      for (int i = 0; i < size; ++i) sum[i] += x[i];
+      for (int r = 0; r < kRowsEach; ++r) {
+        const bool valid = column < dim && first + r < rows;
+        const void* source = valid ? from + r * view.row : static_cast<const Element*>(view.data);
+        copy_async_16(shared_address(stages + (stage * kRowsEach + r) * kThreads + threadIdx.x), source, valid);
+      }
     }
-    put_piece(parts, sum);
-  }
-  for (int d = int(threadIdx.x); d < width; d += kThreads) {  // the sum of the groups before each
-    float x = 0.f;
-    for (int g = 0; g < shares.groups; ++g) {
-      const float here = parts[g * width + d];
-      parts[g * width + d] = x;
-      x += here;
-    }
-    if (keys > 0 && d < dim) {
-      means.k_means[((int64_t(b) * kv_heads + kv_head) * means.k_blocks + n) * dim + d] = x / float(keys);
-    }
-  }
-  __syncthreads();
-  if (rows == 0) return;
-  float before[size];
-#pragma unroll
-  for (int i = 0; i < size; ++i) before[i] = parts[own + i];
-  __syncthreads();
-
-  auto load = [&](int h, Piece<Element>(&to)[kRowsEach]) {
-    const Element* rows_from = rows_of<Element>(p.query, b, h, int64_t(m) * block) + lane * size;
-#pragma unroll
-    for (int r = 0; r < kRowsEach; ++r) {
-      to[r].load(rows_from + int64_t(first + r) * p.query.row, used && first + r < rows);
-    }
+    copy_async_commit();
   };
-  Piece<Element> query[kRowsEach], next[kRowsEach];
-  load(kv_head * heads_each, query);
-  for (int h = kv_head * heads_each; h < (kv_head + 1) * heads_each; ++h) {
-    if (h + 1 < (kv_head + 1) * heads_each) load(h + 1, next);  // under way while this head is summed
-    float sum[size] = {}, seen[size], product = 0.f;
+
+  DiagonalStep now, ahead;
+  now.item = ahead.item = blockIdx.x;
+  for (int stage = 0; stage < kStages; ++stage, ahead.advance(d)) load(ahead, stage);
+  Piece<Element> key[kRowsEach];
+  float before[size];  // the sum of the keys in the rows of other threads, before this one's
+  for (int at = 0; now.item < d.items; ++at, now.advance(d), ahead.advance(d)) {
+    const int stage = at % kStages, rows = now.rows(d);
+    copy_async_wait<kStages - 1>();
+    Piece<Element> piece[kRowsEach];
 #pragma unroll
-    for (int i = 0; i < size; ++i) seen[i] = before[i];
+    for (int r = 0; r < kRowsEach; ++r) piece[r].bits = stages[(stage * kRowsEach + r) * kThreads + threadIdx.x];
+    load(ahead, stage);
+    float* mine = sums + at % 2 * kWarps * width;
+    float sum[size] = {};
+    if (now.part == 0) {
 #pragma unroll
-    for (int r = 0; r < kRowsEach; ++r) {
-      float q[size], k[size];
-      query[r].widen(q);
-      Piece<Element>{key[r][threadIdx.x]}.widen(k);
-      float here = 0.f;
+      for (int r = 0; r < kRowsEach; ++r) {
+        float x[size];
+        key[r] = piece[r];
+        key[r].widen(x);
+#pragma unroll
+        for (int i = 0; i < size; ++i) sum[i] += x[i];
+      }
+    } else {
+      float seen[size], product = 0.f;
+#pragma unroll
+      for (int i = 0; i < size; ++i) seen[i] = before[i];
+#pragma unroll
+      for (int r = 0; r < kRowsEach; ++r) {
+        float q[size], k[size], here = 0.f;
+        piece[r].widen(q);
+        key[r].widen(k);
+#pragma unroll
+        for (int i = 0; i < size; ++i) {
+          seen[i] += k[i];
+          sum[i] += q[i];
+          here = fmaf(q[i], seen[i], here);
+        }
+        if (first + r < rows) product += here;  // what does not exist meets no NaN
+      }
+      for (int step = 16; step > 0; step /= 2) product += __shfl_xor_sync(kLanes, product, step);
+      if (lane_of() == 0) products[at % 2][warp_of()] = product;
+    }
+    scan_groups(sum, shares.lanes);
+    if (last_group) {
+#pragma unroll
+      for (int i = 0; i < size; ++i) mine[warp_of() * width + column + i] = sum[i];
+    }
+    __syncthreads();  // also: all have read what the step after the next writes
+    if (now.part == 0) {
 #pragma unroll
       for (int i = 0; i < size; ++i) {
-        seen[i] += k[i];
-        sum[i] += q[i];
-        here = fmaf(q[i], seen[i], here);
+        before[i] = shares.lanes < kWarp ? __shfl_up_sync(kLanes, sum[i], shares.lanes) : 0.f;
+        if (lane_of() < shares.lanes) before[i] = 0.f;
       }
-      if (first + r < rows) product += here;  // what does not exist meets no NaN
-    }
-    for (int step = 16; step > 0; step /= 2) product += __shfl_xor_sync(kLanes, product, step);
-    if (lane_of() == 0) sums[warp_of()] = product;
-    put_piece(parts, sum);
-    const int64_t result = (int64_t(b) * p.heads_q + h) * p.q_blocks + m;
-    for (int d = int(threadIdx.x); d < dim; d += kThreads) {
-      means.q_means[result * dim + d] = sum_groups(parts, shares, size, d) / float(rows);
-    }
-    if (threadIdx.x == 0) {
-      float x = 0.f;
-      for (int w = 0; w < kThreads / kWarp; ++w) x += sums[w];
-      means.diagonal[result] = x;
-    }
-    __syncthreads();
+      for (int w = 0; w < warp_of(); ++w) {
 #pragma unroll
-    for (int r = 0; r < kRowsEach; ++r) query[r] = next[r];
+        for (int i = 0; i < size; ++i) before[i] += mine[w * width + column + i];
+      }
+    }
+    if (rows == 0) continue;
+    const Means& means = now.part == 0 ? d.means.k : d.means.q;
+    const int64_t block = now.part == 0 ? int64_t(now.kv_head(d)) * d.means.k_blocks + now.n(d)
+                                        : now.head(d) * p.q_blocks + now.n(d) - d.shift;
+    for (int e = int(threadIdx.x); e < dim; e += kThreads) {
+      float x = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) x += mine[w * width + e];
+      means.put(block * dim + e, x / float(rows));
+    }
+    if (now.part > 0 && threadIdx.x == 0) {
+      float x = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) x += products[at % 2][w];
+      d.means.diagonal[block] = x;
+    }
   }
+  copy_async_wait<0>();
 }
 
 /// Whether each query block has one cut block, from corner to corner, that the threads of pool_diagonal hold.
@@ -328,13 +390,20 @@ bool on_diagonal(const BlockScores& p, const Shares& shares) {
 }
 
 template <class Element>
-void find_means(const BlockScores& p, BlockMeans* means, bool diagonal, cudaStream_t stream) {
+void find_means(const BlockScores& p, BlockMeans* means, bool diagonal, int multiprocessors, cudaStream_t stream) {
   const Shares shares = shares_of(p);
   if (diagonal && on_diagonal(p, shares)) {
-    const int64_t shift = (p.len_k - p.len_q) / p.lists.block_k, begin = shift < 0 ? shift : 0;
-    const int64_t end = std::max(means->k_blocks, p.q_blocks + shift);
-    launch(pool_diagonal<Element>, dim3(unsigned(end - begin), unsigned(p.batch * p.heads_kv)), kThreads, 0, stream, p,
-           *means, shares, int(begin), int(shift));
+    Diagonal d;
+    d.p = p;
+    d.means = *means;
+    d.shares = shares;
+    d.shift = int((p.len_k - p.len_q) / p.lists.block_k);
+    d.begin = std::min(d.shift, 0);
+    d.blocks = int(std::max(means->k_blocks, p.q_blocks + d.shift) - d.begin);
+    d.items = d.blocks * p.batch * p.heads_kv;
+    const size_t bytes = kStages * kStageBytes + 2 * kWarps * shares.lanes * Piece<Element>::size * sizeof(float);
+    const int64_t ctas = std::min<int64_t>(d.items, 2 * std::max(multiprocessors, 1));
+    if (ctas > 0) launch(pool_diagonal<Element>, unsigned(ctas), kThreads, bytes, stream, d);
     return;
   }
   means->diagonal = nullptr;
@@ -345,7 +414,7 @@ void find_means(const BlockScores& p, BlockMeans* means, bool diagonal, cudaStre
   pool.heads = p.heads_q;
   pool.blocks = p.q_blocks;
   pool.block = p.lists.block_q;
-  pool.means = means->q_means;
+  pool.means = means->q;
   pool.similarity = static_cast<float*>(p.q_similarity);
   pool_blocks<Element>(pool, p.batch, shares, stream);
   pool.view = p.key;
@@ -353,112 +422,9 @@ void find_means(const BlockScores& p, BlockMeans* means, bool diagonal, cudaStre
   pool.blocks = means->k_blocks;
   pool.block = p.lists.block_k;
   pool.keys = true;
-  pool.means = means->k_means;
+  pool.means = means->k;
   pool.similarity = static_cast<float*>(p.k_similarity);
   pool_blocks<Element>(pool, p.batch, shares, stream);
-}
-
-// ---- scores
-
-/// Each number as the sum of three of 8 bits.
-__global__ void split_means(const float* from, __nv_bfloat16* to, int64_t count) {
-  for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += int64_t(gridDim.x) * blockDim.x) {
-    float rest = from[at];
-#pragma unroll
-    for (int part = 0; part < 3; ++part) {
-      const __nv_bfloat16 here = __float2bfloat16_rn(rest);
-      to[part * count + at] = here;
-      rest = fabsf(widened(here)) < __builtin_huge_valf() ? rest - widened(here) : 0.f;
-    }
-  }
-}
-
-/// The parts of both factors of product `i` of 6, the small ones first.
-__device__ __forceinline__ int q_part(int i) { return i == 0 ? 2 : i == 2 || i == 3 ? 1 : 0; }
-__device__ __forceinline__ int k_part(int i) { return i == 1 ? 2 : i == 2 || i == 4 ? 1 : 0; }
-
-/// grid (128 key blocks, 64 query blocks, heads): products of means. Cut blocks: from the diagonal's sums, or left to
-/// score_cut_blocks.
-__global__ void __launch_bounds__(ScoreTile<__nv_bfloat16>::kThreads) multiply_means(BlockScores p, BlockMeans means) {
-  using Tile = ScoreTile<__nv_bfloat16>;
-  extern __shared__ __align__(128) unsigned char dynamic_shared[];
-  const int head = blockIdx.z, b = head / int(p.heads_q), h = head % int(p.heads_q);
-  const int kv_head = h / int(p.heads_q / p.heads_kv), dim = p.head_dim;
-  Span span;
-  int tile_row;
-  if (!find_span(means.tiles, false, blockIdx.y, &span, &tile_row)) return;
-  if (means.tiles.table) span = means.blocks.table[span.index];  // list_row in blocks, not in tiles
-  const int first_m = tile_row * Tile::kRows, first_n = int(blockIdx.x) * Tile::kKeys;
-  const int rows = min(Tile::kRows, ceil_div(span.len_q(), p.lists.block_q) - first_m);
-  const int blocks = min(int(p.key_blocks), ceil_div(span.len_k(), p.lists.block_k));
-  const int64_t row = int64_t(head) * p.q_blocks + span.list_row + first_m;
-  const int fit = int(min(int64_t(rows), p.q_blocks - span.list_row - first_m));  // cu_seqlens may hold anything
-  float* out = static_cast<float*>(p.scores) + row * p.key_blocks;
-  const SeenBlocks last(p, span, first_m + rows - 1);
-  Tile tile;
-  const bool any = first_n < last.seen && first_n < blocks;
-  if (any) {
-    const int64_t k_row = (int64_t(b) * p.heads_kv + kv_head) * means.k_blocks + span.k_block + first_n;
-    const int64_t q_count = p.batch * p.heads_q * p.q_blocks * dim,
-                  k_count = p.batch * p.heads_kv * means.k_blocks * dim;
-    const __nv_bfloat16* q = means.q_parts + row * dim;
-    const __nv_bfloat16* k = means.k_parts + k_row * dim;
-    const int fit_k = int(min(int64_t(blocks - first_n), means.k_blocks - span.k_block - first_n));
-    const bool vectors = dim % 8 == 0;
-    tile.multiply(
-        6, dim, vectors, [&](int r, int i) { return r < fit ? q + q_part(i) * q_count + int64_t(r) * dim : nullptr; },
-        [&](int n, int i) { return n < fit_k ? k + k_part(i) * k_count + int64_t(n) * dim : nullptr; }, dynamic_shared);
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int r = Tile::row_of(i);
-    if (r >= fit) continue;
-    const SeenBlocks bounds(p, span, first_m + r);
-#pragma unroll
-    for (int j = 0; j < Tile::kKeys / 8; ++j) {
-      const int n = first_n + Tile::key_of(j, i);
-      if (n >= p.key_blocks) continue;
-      if (n < bounds.whole && n < blocks) {
-        out[r * p.key_blocks + n] = tile.c[j][i] * p.scale;
-      } else if (n >= bounds.seen || n >= blocks) {
-        out[r * p.key_blocks + n] = -kInfinity;
-      } else if (means.diagonal) {
-        const BlockPair pair(p, span, first_m + r, n);
-        out[r * p.key_blocks + n] = means.diagonal[row + r] * p.scale / pair.pairs();
-      }
-    }
-  }
-}
-
-/// grid (query blocks, heads): each cut block of the row, a thread per element of a row of query.
-template <class Element>
-__global__ void __launch_bounds__(kThreads) score_cut_blocks(BlockScores p, Spans spans) {
-  __shared__ CtaScratch scratch;
-  const int head = blockIdx.y, b = head / int(p.heads_q), h = head % int(p.heads_q);
-  Span span;
-  int m;
-  if (!find_span(spans, false, blockIdx.x, &span, &m)) return;
-  const SeenBlocks bounds(p, span, m);
-  const Element* query = rows_of<Element>(p.query, b, h, span.q_begin + int64_t(m) * p.lists.block_q);
-  for (int n = bounds.whole; n < min(int64_t(bounds.seen), p.key_blocks); ++n) {
-    const BlockPair pair(p, span, m, n);
-    const Element* key =
-        rows_of<Element>(p.key, b, h / int(p.heads_q / p.heads_kv), span.k_begin + int64_t(n) * p.lists.block_k);
-    float product = 0.f;
-    for (int d = int(threadIdx.x); d < p.head_dim; d += kThreads) {
-      float seen = 0.f;
-      int next = 0;
-      for (int i = int(clamped(1 - pair.first_seen, 0, pair.rows)); i < pair.rows; ++i) {
-        for (; next < pair.keys && next < pair.first_seen + i; ++next) seen += widened(key[next * p.key.row + d]);
-        product = fmaf(widened(query[i * p.query.row + d]), seen, product);
-      }
-    }
-    product = cta_sum<kThreads>(product, scratch);
-    if (threadIdx.x == 0) {
-      static_cast<float*>(p.scores)[(int64_t(head) * p.q_blocks + blockIdx.x) * p.key_blocks + n] =
-          product * p.scale / pair.pairs();
-    }
-  }
 }
 
 __global__ void fill_floats(float* to, int64_t count, float value) {
@@ -474,15 +440,19 @@ void fill(float* to, int64_t count, float value, cudaStream_t stream) {
     launch(fill_floats, unsigned(clamped(ceil_div<int64_t>(count, 1024), 1, 4096)), 256, 0, stream, to, count, value);
 }
 
-size_t block_means_bytes(const BlockScores& p) {
-  return 2 * spans_bytes(p) + padded_bytes(p.batch * p.heads_q * p.q_blocks * p.head_dim * 4) +
-         padded_bytes(p.batch * p.heads_kv * p.k_blocks() * p.head_dim * 4) +
-         padded_bytes(p.batch * p.heads_q * p.q_blocks * 4) +
-         padded_bytes(p.batch * p.heads_q * p.q_blocks * p.head_dim * 6) +
-         padded_bytes(p.batch * p.heads_kv * p.k_blocks() * p.head_dim * 6);
+namespace {
+
+int64_t q_count(const BlockScores& p) { return p.batch * p.heads_q * p.q_blocks * p.head_dim; }
+int64_t k_count(const BlockScores& p) { return p.batch * p.heads_kv * p.k_blocks() * p.head_dim; }
+
+}  // namespace
+
+size_t block_means_bytes(const BlockScores& p) {  // parts take more than fp32
+  return 2 * spans_bytes(p) + padded_bytes(q_count(p) * 6) + padded_bytes(k_count(p) * 6) +
+         padded_bytes(p.batch * p.heads_q * p.q_blocks * 4);
 }
 
-BlockMeans block_means_of(const BlockScores& p, void* workspace) {
+BlockMeans block_means_of(const BlockScores& p, void* workspace, bool parts) {
   BlockMeans means;
   auto* memory = static_cast<char*>(workspace);
   auto take = [&](size_t bytes) {
@@ -490,61 +460,31 @@ BlockMeans block_means_of(const BlockScores& p, void* workspace) {
     memory += bytes;
     return at;
   };
+  auto take_means = [&](Means* to, int64_t count) {
+    void* at = take(padded_bytes(count * 6));
+    to->count = count;
+    to->whole = parts ? nullptr : static_cast<float*>(at);
+    to->parts = parts ? static_cast<__nv_bfloat16*>(at) : nullptr;
+  };
   means.k_blocks = p.k_blocks();
   means.blocks = spans_of(p, p.lists.block_q, p.lists.block_k, take(spans_bytes(p)));
   const int64_t tile = std::min<int64_t>(int64_t(p.lists.block_q) * kTileBlocks, INT32_MAX);
   means.tiles = spans_of(p, int(tile), p.lists.block_k, take(spans_bytes(p)));
-  means.q_means = reinterpret_cast<float*>(take(padded_bytes(p.batch * p.heads_q * p.q_blocks * p.head_dim * 4)));
-  means.k_means = reinterpret_cast<float*>(take(padded_bytes(p.batch * p.heads_kv * means.k_blocks * p.head_dim * 4)));
+  take_means(&means.q, q_count(p));
+  take_means(&means.k, k_count(p));
   means.diagonal = reinterpret_cast<float*>(take(padded_bytes(p.batch * p.heads_q * p.q_blocks * 4)));
-  const int64_t q_count = p.batch * p.heads_q * p.q_blocks * p.head_dim;
-  const int64_t k_count = p.batch * p.heads_kv * means.k_blocks * p.head_dim;
-  means.q_parts = reinterpret_cast<__nv_bfloat16*>(take(padded_bytes(q_count * 6)));
-  means.k_parts = reinterpret_cast<__nv_bfloat16*>(take(padded_bytes(k_count * 6)));
   return means;
 }
 
-void find_block_means(const BlockScores& p, BlockMeans* means, bool diagonal, cudaStream_t stream) {
+void find_block_means(const BlockScores& p, BlockMeans* means, bool diagonal, int multiprocessors,
+                      cudaStream_t stream) {
   list_spans_of(means->blocks, stream);
   list_spans_of(means->tiles, stream);
   switch (p.dtype) {
-    case DType::f16: return find_means<__half>(p, means, diagonal, stream);
-    case DType::bf16: return find_means<__nv_bfloat16>(p, means, diagonal, stream);
-    default: return find_means<float>(p, means, diagonal, stream);
+    case DType::f16: return find_means<__half>(p, means, diagonal, multiprocessors, stream);
+    case DType::bf16: return find_means<__nv_bfloat16>(p, means, diagonal, multiprocessors, stream);
+    default: return find_means<float>(p, means, diagonal, multiprocessors, stream);
   }
-}
-
-Status score_block_means(const BlockScores& p, const CudaContext& context) {
-  const auto stream = static_cast<cudaStream_t>(context.stream);
-  BlockMeans means = block_means_of(p, context.workspace);
-  find_block_means(p, &means, true, stream);
-  const int64_t heads = p.batch * p.heads_q;
-  if (p.q_blocks == 0 || p.key_blocks == 0) return launched("block_scores");
-  if (p.packed()) fill(static_cast<float*>(p.scores), heads * p.q_blocks * p.key_blocks, -kInfinity, stream);
-  const auto split = [&](const float* from, __nv_bfloat16* to, int64_t count) {
-    const int64_t ctas = clamped(ceil_div<int64_t>(count, 1024), 1, 8192);
-    launch(split_means, unsigned(ctas), 256, 0, stream, from, to, count);
-  };
-  split(means.q_means, means.q_parts, heads * p.q_blocks * p.head_dim);
-  split(means.k_means, means.k_parts, p.batch * p.heads_kv * means.k_blocks * p.head_dim);
-  const int64_t row_tiles = tiles_of(p.len_q, int64_t(p.lists.block_q) * kTileBlocks, p);
-  if (row_tiles > 65535) {
-    return error(Status::Kind::unsupported, "block_scores: %lld blocks of queries; CUDA takes 4194240",
-                 (long long)p.q_blocks);
-  }
-  launch(multiply_means,
-         dim3(unsigned(ceil_div<int64_t>(p.key_blocks, ScoreTile<__nv_bfloat16>::kKeys)), unsigned(row_tiles),
-              unsigned(heads)),
-         ScoreTile<__nv_bfloat16>::kThreads, ScoreTile<__nv_bfloat16>::kBytes, stream, p, means);
-  if (p.causal && !means.diagonal) {
-    const dim3 grid(unsigned(p.q_blocks), unsigned(heads));
-    switch (p.dtype) {
-      case DType::f16: launch(score_cut_blocks<__half>, grid, kThreads, 0, stream, p, means.blocks); break;
-      case DType::bf16: launch(score_cut_blocks<__nv_bfloat16>, grid, kThreads, 0, stream, p, means.blocks); break;
-      default: launch(score_cut_blocks<float>, grid, kThreads, 0, stream, p, means.blocks);
-    }
-  }
-  return launched("block_scores");
 }
 
 }  // namespace sparsekit::cuda
