@@ -190,6 +190,22 @@ def test_column_scores_of_a_prompt(scorer, dtype, shape):
         assert_shares(a, b, error)
 
 
+@pytest.mark.parametrize("shape", [(4, 2, 64, 128, 4133), (3, 1, 40, 64, 6500), (2, 2, 61, 72, 4096)])
+def test_column_scores_of_many_keys(scorer, shape):
+    """So many that a GPU's kernel for many keys takes them, with scores that rise far above the first and fall again."""
+    heads, heads_kv, rows, dim, keys = shape
+    for dtype in (torch.bfloat16, torch.float16):
+        query, key = tensors((1, heads, rows, dim), (1, heads_kv, keys, dim), dtype, 2.0)
+        rising = (1 + 11 * torch.linspace(-1, 1, keys)[:, None].cos().square() * torch.rand(keys, 1)).to(dtype)
+        key = key * rising
+        error = 2 * score_error(query, key, None)
+        for causal, start in ((True, keys - rows), (True, 1000), (False, 3000), (True, keys - 5), (False, 0)):
+            positions = torch.arange(start, start + rows)
+            got = run(scorer, selection.column_scores, query, key, positions, causal=causal)
+            for a, b in zip(got, twins.column_scores(query, key, positions[None], causal), strict=True):
+                assert_shares(a, b, error)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_row_scores(scorer, dtype):
     query, key = tensors((2, 4, 150, 24), (2, 2, 180, 24), dtype, 4.0)

@@ -6,6 +6,7 @@
 // up outside the tensor cores, which truncate.
 //
 // Bound: products; 1,024 x 1,024 blocks of 32 heads, causal, D = 128: 29 GFLOP, and 134 MB of scores.
+#include "common/cuda/math.cuh"
 #include "common/cuda/mma.cuh"
 #include "common/cuda/shared_memory.cuh"
 #include "selection/cuda_block_means.cuh"
@@ -15,7 +16,6 @@
 namespace sparsekit::cuda {
 namespace {
 
-constexpr float kInfinity = __builtin_huge_valf();
 constexpr int kThreads = 256;
 
 /// Products of 128 means of queries and 128 of keys; a warp has 32 x 64 of them.
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kThreads) score_cut_blocks(BlockScores p, Span
 Status score_block_means(const BlockScores& p, const CudaContext& context) {
   const auto stream = static_cast<cudaStream_t>(context.stream);
   BlockMeans means = block_means_of(p, context.workspace, /*parts=*/true);
-  find_block_means(p, &means, true, context.multiprocessors, stream);
+  find_block_means(p, &means, true, stream);
   const int64_t heads = p.batch * p.heads_q;
   if (p.q_blocks == 0 || p.key_blocks == 0) return launched("block_scores");
   if (p.packed()) fill(static_cast<float*>(p.scores), heads * p.q_blocks * p.key_blocks, -kInfinity, stream);
