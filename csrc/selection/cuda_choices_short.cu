@@ -4,11 +4,11 @@
 // A rule becomes a cut (scores above one number, and the first few equal to it), found by halving the interval of keys
 // that it lies in: a pass counts the scores, or sums their masses, above the middle. When 32 are left in the interval
 // they are sorted across the lanes, one each. Masses are whole units (cuda_choices.cuh), so that the same choice is
-// made on every device and run; but a pass first adds plain floats, and only where that sum is too close to what is
-// wanted to tell, the units. List entries are put together in shared memory and written as whole lines.
+// made on every device and run; but first come sums of plain floats, and only where one is so close to what is wanted
+// that it cannot tell, the units. List entries are put together in shared memory and written as whole lines.
 //
-// Bound: issue slots. A row of 1,024 costs about 5 passes of 4 instructions per score, and 2 of 9 for the units; 64
-// registers let all warps of a multiprocessor have a row. Reading and writing 4,096 such rows is 34 MB.
+// Bound: issue slots. A row of 1,024 costs about 5 passes of 4 instructions per score; 64 registers let all warps of a
+// multiprocessor have a row. Reading and writing 4,096 such rows is 34 MB.
 #include "selection/cuda_choices.cuh"
 #include "selection/cuda_kernels.h"
 
@@ -139,20 +139,24 @@ struct WarpScores {
     return cut_at(sorted(low, high), wanted - above - 1);
   }
 
-  /// The cut that takes the fewest scores with at least `wanted` > 0 units, of the `total` >= wanted that all have.
-  /// `others`: how many that are.
-  __device__ Cut cut_by_mass(const Masses& masses, const Units& units, uint64_t wanted, uint64_t total, int eligible,
-                             uint32_t highest, int64_t* others) const {
-    uint32_t low = kZero, high = highest;  // units above `low`: as many as wanted, or more; above `high`: fewer
+  /// The sum of floats over the lanes.
+  __device__ __forceinline__ static float sum_lanes(float x) {
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kLanes, x, step);
+    return x;
+  }
+
+  /// The cut that takes the fewest scores whose sum is at least `goal` > `doubt`, of the `total` of all that are
+  /// positive, and how many that are. False where a sum is so close to the goal, `doubt` or less, that only units can
+  /// tell.
+  __device__ bool cut_by_sum(float goal, float total, float doubt, int eligible, uint32_t highest, Cut* cut,
+                             int64_t* others) const {
+    uint32_t low = kZero, high = highest;  // the sum above `low` is more than the goal; above `high`, less
     int above = 0, from_low = eligible;    // keys above them, or more
-    // Sums of floats are 2^-19 of the total off at most: 37 additions, the last 5 over the lanes.
-    const bool plain = units.shift > -70 && units.shift < 100;  // sums below 2^122, and no unit below 2^-100
-    const float unit = __int_as_float((127 - (plain ? units.shift : 0)) << 23);
-    const float goal = float(wanted) * unit, doubt = float(total) * unit * 0x1p-18f;
-    if (plain) {  // what is at or below the mean of what may be left out, is
-      const float least = float(total - wanted) / float(eligible) * 0.9999f - 1.f;
-      if (least > 0.f) low = key_of(least * unit);
-    }
+    float above_sum = 0.f;
+    // What is at or below the mean of what may be left out, is.
+    const float least = (total - goal - doubt) / float(eligible) * 0.9999f;
+    if (least > 0.f) low = min(key_of(least), high - 1);
     while (high - low > 1 && from_low - above > kWarp) {
       const uint32_t middle = low + (high - low) / 2;
       const float pivot = pivot_of(middle);
@@ -165,20 +169,52 @@ struct WarpScores {
         }
       }
       const int count = int(warp_sum(uint32_t(counts[0] + counts[1])));
-      float sum = sums[0] + sums[1];
-#pragma unroll
-      for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kLanes, sum, step);
-      bool enough = sum >= goal;
-      if (!plain || fabsf(sum - goal) <= doubt) enough = units_above(pivot, masses) >= wanted;
-      if (enough) {
+      const float sum = sum_lanes(sums[0] + sums[1]);
+      if (fabsf(sum - goal) <= doubt) return false;
+      if (sum > goal) {
         low = middle;
         from_low = count;
       } else {
         high = middle;
         above = count;
+        above_sum = sum;
       }
     }
-    const uint64_t above_units = high == highest ? 0 : units_above(pivot_of(high), masses);
+    if (from_low - above > kWarp) {  // scores of one number
+      const float each = pivot_of(high), ties = (goal - above_sum) / each;
+      if (!(fabsf(ties - rintf(ties)) * each > doubt)) return false;
+      *cut = {high, int64_t(ceilf(ties))};
+      *others = above + cut->ties;
+      return true;
+    }
+    const float score = sorted(low, high), sum = above_sum + warp_scan(fmaxf(score, 0.f));
+    if (__any_sync(kLanes, fabsf(sum - goal) <= doubt)) return false;
+    const int last = __ffs(int(__ballot_sync(kLanes, sum > goal))) - 1;
+    if (last < 0) return false;  // the sum of all, in another order, is less
+    *others = above + last + 1;
+    *cut = cut_at(score, last);
+    return true;
+  }
+
+  /// The cut that takes the fewest scores with at least `wanted` > 0 units, of which all have as many.
+  __device__ Cut cut_by_units(const Masses& masses, const Units& units, uint64_t wanted, int eligible, uint32_t highest,
+                              int64_t* others) const {
+    uint32_t low = kZero, high = highest;  // units above `low`: as many as wanted, or more; above `high`: fewer
+    int above = 0, from_low = eligible;    // keys above them, or more
+    uint64_t above_units = 0;
+    while (high - low > 1 && from_low - above > kWarp) {
+      const uint32_t middle = low + (high - low) / 2;
+      const int count = int(count_above(middle));
+      const uint64_t sum = units_above(pivot_of(middle), masses);
+      if (sum >= wanted) {
+        low = middle;
+        from_low = count;
+      } else {
+        high = middle;
+        above = count;
+        above_units = sum;
+      }
+    }
     if (from_low - above > kWarp) {
       const uint64_t each = units.of(high);  // not 0: the scores of this one number make up what is missing
       const int64_t ties = int64_t((wanted - above_units + each - 1) / each);
@@ -190,6 +226,34 @@ struct WarpScores {
     const int last = __ffs(int(__ballot_sync(kLanes, sum >= wanted))) - 1;
     *others = above + last + 1;
     return cut_at(score, last);
+  }
+
+  /// Top-p, p < 1: of these scores and the forced ones, which `for_forced` visits. `others`: how many the cut takes.
+  template <class Visit>
+  __device__ __forceinline__ Cut cut_by_mass(double p, int bits, int eligible, uint32_t highest,
+                                             uint32_t highest_forced, Visit for_forced, int64_t* others) const {
+    *others = 0;
+    if (!(p > 0)) return {kAbove, 0};
+    const Units units(max(highest, highest_forced), bits);
+    if (units.shift > -70 && units.shift < 100) {  // sums below 2^122, and no unit below 2^-100
+      float sums[2] = {0.f, 0.f}, forced = 0.f;
+#pragma unroll
+      for (int i = 0; i < ENTRIES; ++i) sums[i % 2] += fmaxf(scores[i], 0.f);
+      for_forced([&](float score) { forced += fmaxf(score, 0.f); });
+      const float total = sum_lanes(sums[0] + sums[1]);
+      forced = sum_lanes(forced);
+      // 37 additions, the last 5 over the lanes, and twice that in the goal, are less than 2^-17 of all off.
+      const float goal = float(p) * (total + forced) - forced, doubt = (total + forced) * 0x1p-16f;
+      if (goal < -doubt) return {kAbove, 0};
+      Cut cut;
+      if (goal > doubt && cut_by_sum(goal, total, doubt, eligible, highest, &cut, others)) return cut;
+    }
+    const Masses masses(units, bits);
+    uint64_t forced = 0;
+    for_forced([&](float score) { forced += units.of(key_of(score)); });
+    forced = warp_sum(forced);
+    const uint64_t wanted = wanted_units(p, units_above(0.f, masses) + forced, forced);
+    return wanted > 0 ? cut_by_units(masses, units, wanted, eligible, highest, others) : Cut{kAbove, 0};
   }
 };
 
@@ -279,16 +343,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 8) choose_short(ChoiceCall call
       cut.key = kZero;
       others = all.count_above(cut.key);
     } else if constexpr (BY_MASS) {
-      const Units units(max(highest, highest_forced), call.bits);
-      const typename WarpScores<ENTRIES>::Masses masses(units, call.bits);
-      const uint64_t sum = all.units_above(0.f, masses);
-      uint64_t forced_sum = 0;
-      for (uint32_t left = forced; left; left &= left - 1) {
-        forced_sum += units.of(key_of(row.value((__ffs(int(left)) - 1) * kWarp + lane)));
-      }
-      forced_sum = warp_sum(forced_sum);
-      const uint64_t wanted = wanted_units(p, sum + forced_sum, forced_sum);
-      if (wanted > 0) cut = all.cut_by_mass(masses, units, wanted, sum, int(eligible), highest, &others);
+      const auto for_forced = [&](auto visit) {
+        for (uint32_t left = forced; left; left &= left - 1) visit(row.value((__ffs(int(left)) - 1) * kWarp + lane));
+      };
+      cut = all.cut_by_mass(p, call.bits, int(eligible), highest, highest_forced, for_forced, &others);
     }
   }
   const int64_t wanted = bounded(c, others, forced_count, eligible);

@@ -29,6 +29,11 @@ constexpr int kOut = 32, kOutRow = kOut + 1;  // keys of a run between two writi
 constexpr int kTogether = 2;                  // steps between two times when no product is under way
 constexpr float kSlack = 40.f;                // how far scores may be above their reference
 
+// Registers of a thread once the warpgroups have parted; a CTA begins with 168 each, and more than it has then would be
+// waited for forever.
+constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
+static_assert(kConsumerRegisters * kConsumers + kProducerRegisters * 128 <= 168 * kThreads, "as many as there are");
+
 template <int DIM>
 struct Layout {
   static constexpr int kPanels = DIM / 64, kStageBytes = kPanels * kKeys * 128;
@@ -214,11 +219,11 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_for_lse(ColumnCall call) {
   fence_async_proxy();
   __syncthreads();
   if (threadIdx.x >= kConsumers) {
-    fewer_registers<64>();
+    fewer_registers<kProducerRegisters>();
     copy_keys<Element, DIM>(p, work, memory);
     return;
   }
-  more_registers<224>();
+  more_registers<kConsumerRegisters>();
   const int warp = warp_of(), lane = lane_of(), t = lane % 4, tid = int(threadIdx.x);
   for (int i = 0; i < work.heads; ++i) {
     float* diagonals = static_cast<float*>(p.diagonals) + work.head(p, i) * p.len_k;
@@ -321,11 +326,11 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_for_shares(ColumnCall call)
   fence_async_proxy();
   __syncthreads();
   if (tid >= kConsumers) {
-    fewer_registers<64>();
+    fewer_registers<kProducerRegisters>();
     copy_keys<Element, DIM>(p, work, memory);
     return;
   }
-  more_registers<224>();
+  more_registers<kConsumerRegisters>();
   const int warp = warp_of(), lane = lane_of(), g = lane / 4, t = lane % 4, pair = warp / 4;
   const int position = p.query_positions[work.b * p.query_positions_batch];
   const Mask mask{p, work, position};
