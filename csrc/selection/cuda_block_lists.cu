@@ -84,7 +84,7 @@ TransposePlan plan_transpose(const TransposeBlockLists& arguments, const CudaCon
   plan.by_words = plan.k_blocks <= 4 * kWarp * plan.slots_per_row && bytes_by_words(plan, kWarp) <= kMostBytes;
   if (plan.by_words) {
     int64_t rows = kWarp;  // more, as long as there is work for all and room for two CTAs
-    while (heads * ceil_div(q_blocks, 2 * rows) * 2 >= 3 * context.multiprocessors &&
+    while (rows < q_blocks && heads * ceil_div(q_blocks, 2 * rows) * 2 >= 3 * context.multiprocessors &&
            bytes_by_words(plan, 2 * rows) <= kMostBytes * 2 / 3) {
       rows *= 2;
     }
