@@ -6,8 +6,8 @@
 
 namespace sparsekit::cuda {
 
-/// Means of blocks, [.., head_dim], as fp32 or as the sums of three bf16 numbers, the greatest first: [3, .., head_dim].
-/// One of the two is null.
+/// Means of blocks, [.., head_dim], as fp32 or as the sums of three bf16 numbers, the greatest first: [3, ..,
+/// head_dim]. One of the two is null.
 struct Means {
   float* whole = nullptr;
   __nv_bfloat16* parts = nullptr;
