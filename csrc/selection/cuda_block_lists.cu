@@ -6,30 +6,30 @@
 //   scan    per key block over the chunks, then over the key blocks: where each (chunk, key block) begins
 //   place   every slot behind those of its key block in the chunk's earlier rows
 //
-// Chunks of 32 rows, one CTA each: a word per key block in shared memory says which of the rows list it, so that a
-// slot's place is a population count, and all rows are placed at once. A row that lists a block twice (the caller's
-// error) shows when the words are made; that chunk is then placed in order by one warp. Lists that are too short for so
-// many histograms, or with more than 12,288 key blocks, have larger chunks, of one warp each, which walks its slots in
-// order, 32 at a time; lanes with the same key rank by __match_any_sync.
+// Chunks of 32 to 256 rows, one CTA each, two launches: words in shared memory say which rows list a key block, a bit
+// each, so that a slot's place is a population count, and all rows are placed at once; in shared memory, from where the
+// slots of a key block go out together (a store per slot would be a sector of 32 bytes per slot). A CTA scans by
+// itself: it reads the histograms of all chunks of its head. A row that lists a block twice (the caller's error) shows
+// when the words are made; that chunk is then placed in order by one warp. Lists that are too short for so many
+// histograms, or with too many key blocks for shared memory, have larger chunks, of one warp each, which walks its
+// slots in order, 32 at a time; lanes with the same key rank by __match_any_sync.
 //
-// Bound: reads every list entry twice and writes it once; 1,024 x 1,024 blocks, 32 heads, 10 %: 3.4M entries, 47 MB.
+// Bound: reads every list entry twice (again from L2) and writes it once; 1,024 x 1,024 blocks, 32 heads, 10 %: 3.4M
+// entries, 34 MB.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
-#include "selection/cuda_launch.cuh"
-#include "sparsekit/selection.h"
+#include "selection/cuda_support.cuh"
 
 namespace sparsekit {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int64_t kMostWords = 12288;  // key blocks: 8 bytes each make 96 KB of shared memory, which every card grants
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
+using cuda::ceil_div;
+using cuda::kWarp;
 using cuda::launched;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int64_t kMostBytes = 96 * 1024;  // of shared memory, which every card grants
 
 // ---- transpose
 
@@ -39,7 +39,7 @@ struct TransposePlan {
   int64_t heads = 0;     // list heads of all batches
   int64_t k_blocks = 0;  // length of the transposed lists, an upper bound where packed
   int64_t chunks = 0, rows_per_chunk = 0;
-  bool by_words = false;          // chunks of 32 rows
+  bool by_words = false;          // chunks of some 32 rows, in shared memory
   int64_t block_begin_words = 0;  // packed: words of the two prefix arrays
   const int32_t* cu_seqlens_q = nullptr;
   const int32_t* cu_seqlens_k = nullptr;
@@ -52,6 +52,11 @@ struct TransposePlan {
   int32_t* offsets = nullptr;
   int32_t* slots = nullptr;
 };
+
+/// Shared memory of a CTA that places `rows` rows: words and two numbers per key block, and the slots.
+int64_t bytes_by_words(const TransposePlan& plan, int64_t rows) {
+  return (rows / kWarp + 2) * plan.k_blocks * 4 + rows * plan.slots_per_row * 2;
+}
 
 TransposePlan plan_transpose(const TransposeBlockLists& arguments, const CudaContext& context) {
   const AttentionProblem& problem = arguments.problem;
@@ -72,12 +77,19 @@ TransposePlan plan_transpose(const TransposeBlockLists& arguments, const CudaCon
   // entry, unless that left fewer than 8 chunks.
   int64_t heads = std::max<int64_t>(plan.heads, 1), q_blocks = std::max<int64_t>(plan.lists.q_blocks, 1);
   int64_t entries = q_blocks * plan.slots_per_row;
-  int64_t by_warps = ceil_div(16 * int64_t(std::max(context.multiprocessors, 1)), heads);
+  int64_t by_warps = ceil_div<int64_t>(16 * int64_t(std::max(context.multiprocessors, 1)), heads);
   int64_t by_memory = std::max<int64_t>(8, 4 * entries / std::max<int64_t>(plan.k_blocks, 1));
   int64_t chunks = std::max<int64_t>(1, std::min({by_warps, by_memory, q_blocks}));
   plan.rows_per_chunk = ceil_div(q_blocks, chunks);
-  plan.by_words = plan.k_blocks <= kMostWords && plan.k_blocks <= 4 * kWarp * plan.slots_per_row;
-  if (plan.by_words) plan.rows_per_chunk = kWarp;
+  plan.by_words = plan.k_blocks <= 4 * kWarp * plan.slots_per_row && bytes_by_words(plan, kWarp) <= kMostBytes;
+  if (plan.by_words) {
+    int64_t rows = kWarp;  // more, as long as there is work for all and room for two CTAs
+    while (rows < q_blocks && heads * ceil_div(q_blocks, 2 * rows) * 2 >= 3 * context.multiprocessors &&
+           bytes_by_words(plan, 2 * rows) <= kMostBytes * 2 / 3) {
+      rows *= 2;
+    }
+    plan.rows_per_chunk = rows;
+  }
   plan.chunks = ceil_div(q_blocks, plan.rows_per_chunk);
 
   auto* words = static_cast<int32_t*>(context.workspace);
@@ -253,75 +265,146 @@ __global__ void transpose_place(TransposePlan plan) {
   }
 }
 
-// ---- chunks of 32 rows
+// ---- chunks in shared memory
 
-constexpr int kWordThreads = 512;
+constexpr int kWordThreads = 512, kWordWarps = kWordThreads / kWarp;
 
-// In shared memory: words[key] bit r: row r of the chunk lists the key block. True where a row lists one twice.
-__device__ bool mark_rows(const TransposePlan& plan, int64_t head, int64_t chunk, uint32_t* words) {
-  for (int64_t key = threadIdx.x; key < plan.k_blocks; key += kWordThreads) words[key] = 0;
-  __syncthreads();
-  bool again = false;
-  for (int r = int(threadIdx.x) / kWarp; r < kWarp; r += kWordThreads / kWarp) {
-    const int64_t m = chunk * kWarp + r;
-    if (m >= plan.lists.q_blocks) break;
-    walk_row(plan, head, m, [&](int32_t key, int32_t) {
-      if (key >= 0) again |= atomicOr(&words[key], 1u << r) >> r & 1;
-    });
-  }
-  return __syncthreads_or(again);
-}
-
-// grid (chunks, heads)
-__global__ void __launch_bounds__(kWordThreads) transpose_count_words(TransposePlan plan) {
-  extern __shared__ __align__(128) unsigned char dynamic_shared[];
-  auto* words = reinterpret_cast<uint32_t*>(dynamic_shared);
-  const int64_t head = blockIdx.y, chunk = blockIdx.x;
-  int32_t* histogram = plan.histogram + (head * plan.chunks + chunk) * plan.k_blocks;
-  const bool again = mark_rows(plan, head, chunk, words);
-  if (again) {
-    for (int64_t key = threadIdx.x; key < plan.k_blocks; key += kWordThreads) words[key] = 0;
-    __syncthreads();
-    for (int64_t m = chunk * kWarp + threadIdx.x / kWarp; m < min((chunk + 1) * kWarp, plan.lists.q_blocks);
-         m += kWordThreads / kWarp) {
-      walk_row(plan, head, m, [&](int32_t key, int32_t) {
-        if (key >= 0) atomicAdd(&words[key], 1u);
-      });
-    }
-    __syncthreads();
-  }
-  for (int64_t key = threadIdx.x; key < plan.k_blocks; key += kWordThreads) {
-    histogram[key] = again ? int32_t(words[key]) : __popc(words[key]);
-  }
-}
-
-// grid (chunks, heads)
-__global__ void __launch_bounds__(kWordThreads) transpose_place_words(TransposePlan plan) {
-  extern __shared__ __align__(128) unsigned char dynamic_shared[];
-  auto* words = reinterpret_cast<uint32_t*>(dynamic_shared);
-  auto* begins = reinterpret_cast<int32_t*>(words + plan.k_blocks);
-  const int64_t head = blockIdx.y, chunk = blockIdx.x;
-  const int32_t* before = plan.histogram + (head * plan.chunks + chunk) * plan.k_blocks;
-  const int32_t* offsets = plan.offsets + head * (plan.k_blocks + 1);
-  const int64_t capacity = plan.lists.q_blocks * plan.slots_per_row;
-  int32_t* slots = plan.slots + head * capacity;
-  for (int64_t key = threadIdx.x; key < plan.k_blocks; key += kWordThreads) begins[key] = offsets[key] + before[key];
-  for (int64_t at = offsets[plan.k_blocks] + chunk * kWordThreads + threadIdx.x; at < capacity;
-       at += plan.chunks * kWordThreads) {
-    slots[at] = -1;
-  }
-  const bool again = mark_rows(plan, head, chunk, words);
-  if (again && threadIdx.x >= kWarp) return;
-  for (int r = int(threadIdx.x) / kWarp; r < kWarp; r += again ? 1 : kWordThreads / kWarp) {
-    const int64_t m = chunk * kWarp + r;
-    if (m >= plan.lists.q_blocks) break;
-    walk_row(plan, head, m, [&](int32_t key, int32_t slot) {
-      if (again) {
-        place_in_order(begins, key, slot, slots);
-      } else if (key >= 0) {
-        slots[begins[key] + __popc(words[key] & ((1u << r) - 1))] = slot;
+// Calls use(key, row of the chunk, slot of the row) for all valid entries of a chunk, in any order: a warp has 4 rows
+// at once, a lane 4 entries of each, so that the loads of 512 entries are under way together.
+template <class Use>
+__device__ void walk_chunk(const TransposePlan& plan, int64_t head, int64_t chunk, Use&& use) {
+  constexpr int kBatch = 4;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t first_row = chunk * plan.rows_per_chunk;
+  const int rows = int(min(plan.rows_per_chunk, plan.lists.q_blocks - first_row));
+  for (int r = warp * kBatch; r < rows; r += kWordWarps * kBatch) {
+    const int64_t row = head * plan.lists.q_blocks + first_row + r;
+    KeyRange ranges[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) ranges[i] = key_range(plan, first_row + min(r + i, rows - 1));
+#pragma unroll 1
+    for (int kind = 0; kind < 2; ++kind) {
+      const BlockList& list = kind == 0 ? plan.lists.partial : plan.lists.full;
+      if (!list.counts) continue;
+      const int first_slot = kind == 0 ? 0 : plan.lists.partial.capacity;
+      const int32_t* indices = list.indices + row * list.capacity;
+      const bool aligned = list.capacity % 4 == 0 && reinterpret_cast<uintptr_t>(list.indices) % 16 == 0;
+      int32_t counts[kBatch], most = 0;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) counts[i] = r + i < rows ? list.counts[row + i] : 0;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) most = max(most, counts[i] = min(counts[i], list.capacity));
+      for (int32_t first = 0; first < most; first += 4 * kWarp) {
+        const int32_t entry = first + 4 * lane;
+        int4 found[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int32_t* from = indices + int64_t(i) * list.capacity + entry;
+          const int left = counts[i] - entry;
+          if (aligned) {
+            found[i] = left > 0 ? *reinterpret_cast<const int4*>(from) : make_int4(-1, -1, -1, -1);
+          } else {
+            found[i] = make_int4(left > 0 ? from[0] : -1, left > 1 ? from[1] : -1, left > 2 ? from[2] : -1,
+                                 left > 3 ? from[3] : -1);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int32_t four[4] = {found[i].x, found[i].y, found[i].z, found[i].w};
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            if (entry + e < counts[i] && four[e] >= 0 && four[e] < ranges[i].count) {
+              use(ranges[i].begin + four[e], r + i, first_slot + entry + e);
+            }
+          }
+        }
       }
-    });
+    }
+  }
+}
+
+// grid (chunks, heads)
+__global__ void __launch_bounds__(kWordThreads, 2) transpose_count_chunk(TransposePlan plan) {
+  extern __shared__ __align__(128) unsigned char dynamic_shared[];
+  auto* counts = reinterpret_cast<int32_t*>(dynamic_shared);
+  const int64_t head = blockIdx.y, chunk = blockIdx.x;
+  for (int64_t key = threadIdx.x; key < plan.k_blocks; key += kWordThreads) counts[key] = 0;
+  __syncthreads();
+  walk_chunk(plan, head, chunk, [&](int32_t key, int, int) { atomicAdd(&counts[key], 1); });
+  __syncthreads();
+  int32_t* histogram = plan.histogram + (head * plan.chunks + chunk) * plan.k_blocks;
+  for (int64_t key = threadIdx.x; key < plan.k_blocks; key += kWordThreads) histogram[key] = counts[key];
+}
+
+// grid (chunks, heads)
+__global__ void __launch_bounds__(kWordThreads, 2) transpose_place_chunk(TransposePlan plan) {
+  extern __shared__ __align__(128) unsigned char dynamic_shared[];
+  __shared__ cuda::CtaScratch scratch;
+  const int k_blocks = int(plan.k_blocks), groups = int(plan.rows_per_chunk / kWarp), tid = int(threadIdx.x);
+  auto* words = reinterpret_cast<uint32_t*>(dynamic_shared);  // [groups][k_blocks]: bit r: row r of the group
+  auto* begins = reinterpret_cast<int32_t*>(words + groups * k_blocks);  // of the chunk's slots of a key, in `slots`
+  auto* starts = begins + k_blocks;                                      // the same in `staged`
+  auto* staged = reinterpret_cast<uint16_t*>(starts + k_blocks);         // slots from the chunk's first row on, sorted
+  const int64_t head = blockIdx.y, chunk = blockIdx.x;
+  const int64_t capacity = plan.lists.q_blocks * plan.slots_per_row,
+                first_slot = chunk * plan.rows_per_chunk * plan.slots_per_row;
+  const int32_t* histogram = plan.histogram + head * plan.chunks * k_blocks;
+  int32_t* offsets = plan.offsets + head * (plan.k_blocks + 1);
+  int32_t* slots = plan.slots + head * capacity;
+
+  for (int i = tid; i < groups * k_blocks; i += kWordThreads) words[i] = 0;
+  uint64_t before = 0;  // entries of earlier keys: of the head in the upper half, of the chunk in the lower
+  for (int first = 0; first < k_blocks; first += kWordThreads) {
+    const int key = first + tid;
+    int32_t total = 0, earlier = 0, own = 0;
+    if (key < k_blocks) {
+#pragma unroll 8
+      for (int c = 0; c < plan.chunks; ++c) {
+        const int32_t count = histogram[int64_t(c) * k_blocks + key];
+        total += count;
+        earlier += c < chunk ? count : 0;
+        own = c == chunk ? count : own;
+      }
+    }
+    uint64_t all;
+    const uint64_t at =
+        before + cuda::cta_scan<kWordThreads>(uint64_t(uint32_t(total)) << 32 | uint32_t(own), scratch, &all);
+    before += all;
+    if (key < k_blocks) {
+      begins[key] = int32_t(at >> 32) + earlier;
+      starts[key] = int32_t(uint32_t(at));
+      if (chunk == 0) offsets[key] = int32_t(at >> 32);
+    }
+  }
+  const int64_t total = int64_t(before >> 32);
+  if (chunk == 0 && tid == 0) offsets[k_blocks] = int32_t(total);
+  for (int64_t at = total + chunk * kWordThreads + tid; at < capacity; at += plan.chunks * kWordThreads) slots[at] = -1;
+  __syncthreads();
+
+  bool again = false;
+  walk_chunk(plan, head, chunk, [&](int32_t key, int r, int) {
+    again |= atomicOr(&words[r / kWarp * k_blocks + key], 1u << r % kWarp) >> r % kWarp & 1;
+  });
+  if (__syncthreads_or(again)) {  // a row lists a block twice: in order, by one warp
+    if (tid >= kWarp) return;
+    const int64_t end = min((chunk + 1) * plan.rows_per_chunk, plan.lists.q_blocks);
+    for (int64_t m = chunk * plan.rows_per_chunk; m < end; ++m) {
+      walk_row(plan, head, m, [&](int32_t key, int32_t slot) { place_in_order(begins, key, slot, slots); });
+    }
+    return;
+  }
+  walk_chunk(plan, head, chunk, [&](int32_t key, int r, int slot) {
+    int at = starts[key] + __popc(words[r / kWarp * k_blocks + key] & ((1u << r % kWarp) - 1));
+    for (int group = 0; group < r / kWarp; ++group) at += __popc(words[group * k_blocks + key]);
+    staged[at] = uint16_t(r * int(plan.slots_per_row) + slot);
+  });
+  __syncthreads();
+  const int32_t count = int32_t(uint32_t(before));
+  constexpr int kLanesEach = 8;
+  for (int key = tid / kLanesEach; key < k_blocks; key += kWordThreads / kLanesEach) {
+    const int start = starts[key], end = key + 1 < k_blocks ? starts[key + 1] : count;
+    int32_t* to = slots + begins[key] - start;
+    for (int at = start + tid % kLanesEach; at < end; at += kLanesEach) to[at] = int32_t(first_slot) + staged[at];
   }
 }
 
@@ -359,22 +442,20 @@ Status transpose_block_lists(const TransposeBlockLists& arguments, const CudaCon
   }
   if (plan.sequences > 0) cuda::launch(sequence_begins, 1, kWarp, 0, stream, plan);
   constexpr int threads = 128, warps = threads / kWarp;
-  const dim3 key_grid(unsigned(ceil_div(plan.k_blocks, threads)), heads), chunk_grid(unsigned(plan.chunks), heads);
-  const size_t words = size_t(plan.k_blocks) * sizeof(uint32_t);
   if (plan.by_words) {
-    cuda::launch(transpose_count_words, chunk_grid, kWordThreads, words, stream, plan);
+    const dim3 grid(unsigned(plan.chunks), heads);
+    cuda::launch(transpose_count_chunk, grid, kWordThreads, size_t(plan.k_blocks) * 4, stream, plan);
+    cuda::launch(transpose_place_chunk, grid, kWordThreads, size_t(bytes_by_words(plan, plan.rows_per_chunk)), stream,
+                 plan);
   } else {
     cudaMemsetAsync(plan.slots, 0xff, size_t(plan.heads) * slots * sizeof(int32_t), stream);
     cudaMemsetAsync(plan.histogram, 0, size_t(plan.heads) * plan.chunks * plan.k_blocks * sizeof(int32_t), stream);
-    auto row_groups = unsigned(std::min<int64_t>(ceil_div(plan.lists.q_blocks, warps), 1 << 20));
+    const auto groups = [&](int64_t count, int64_t each) { return dim3(unsigned(ceil_div(count, each)), heads); };
+    auto row_groups = unsigned(std::min<int64_t>(ceil_div<int64_t>(plan.lists.q_blocks, warps), 1 << 20));
     cuda::launch(transpose_count, dim3(row_groups, heads), threads, 0, stream, plan);
-  }
-  cuda::launch(transpose_scan_chunks, key_grid, threads, 0, stream, plan);
-  cuda::launch(transpose_scan_keys, heads, kScanThreads, 0, stream, plan);
-  if (plan.by_words) {
-    cuda::launch(transpose_place_words, chunk_grid, kWordThreads, 2 * words, stream, plan);
-  } else {
-    cuda::launch(transpose_place, dim3(unsigned(ceil_div(plan.chunks, warps)), heads), threads, 0, stream, plan);
+    cuda::launch(transpose_scan_chunks, groups(plan.k_blocks, threads), threads, 0, stream, plan);
+    cuda::launch(transpose_scan_keys, heads, kScanThreads, 0, stream, plan);
+    cuda::launch(transpose_place, groups(plan.chunks, warps), threads, 0, stream, plan);
   }
   return launched("transpose_block_lists");
 }

@@ -6,19 +6,35 @@
 
 namespace sparsekit::cuda {
 
+/// Means of blocks, [.., head_dim], as fp32 or as the sums of three bf16 numbers, the greatest first: [3, ..,
+/// head_dim]. One of the two is null.
+struct Means {
+  float* whole = nullptr;
+  __nv_bfloat16* parts = nullptr;
+  int64_t count = 0;
+
+  __device__ __forceinline__ void put(int64_t at, float mean) const {
+    if (whole) whole[at] = mean;
+    if (!parts) return;
+#pragma unroll
+    for (int part = 0; part < 3; ++part) {
+      const __nv_bfloat16 here = __float2bfloat16_rn(mean);
+      parts[part * count + at] = here;
+      mean = fabsf(widened(here)) < __builtin_huge_valf() ? mean - widened(here) : 0.f;
+    }
+  }
+};
+
 /// The workspace of a call: tables of sequences, means of blocks.
 struct BlockMeans {
   Spans blocks;               // in blocks of block_q, block_k
-  Spans tiles;                // in tiles of 64 blocks of queries
-  float* q_means = nullptr;   // [batch, heads_q, q_blocks, head_dim]
-  float* k_means = nullptr;   // [batch, heads_kv, k_blocks, head_dim], packed over all sequences
+  Spans tiles;                // in tiles of kTileBlocks blocks of queries
+  Means q, k;                 // [batch, heads_q, q_blocks], [batch, heads_kv, k_blocks], packed over all sequences
   float* diagonal = nullptr;  // [batch, heads_q, q_blocks]: sums over the pairs of the one block that causality cuts,
                               // or null where that is not one block per row, from corner to corner
   int64_t k_blocks = 0;
-  // The means as sums of three bf16 numbers, the greatest first: [3][as above].
-  __nv_bfloat16 *q_parts = nullptr, *k_parts = nullptr;
 };
-constexpr int kTileBlocks = 64;
+constexpr int kTileBlocks = 128;
 
 constexpr float kLeastShare = 1.17549435e-38f;  // least_share of implementations.h
 
@@ -26,8 +42,8 @@ constexpr float kLeastShare = 1.17549435e-38f;  // least_share of implementation
 void fill(float* to, int64_t count, float value, cudaStream_t stream);
 
 size_t block_means_bytes(const BlockScores& p);
-/// Places of the workspace.
-BlockMeans block_means_of(const BlockScores& p, void* workspace);
+/// Places of the workspace; `parts`: the means as parts.
+BlockMeans block_means_of(const BlockScores& p, void* workspace, bool parts);
 /// Fills them: means of all blocks, similarities and, with `diagonal`, the products of the diagonal.
 void find_block_means(const BlockScores& p, BlockMeans* means, bool diagonal, cudaStream_t stream);
 

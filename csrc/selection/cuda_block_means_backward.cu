@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) grad_of_queries(BlockScoresBackward 
     float sum = 0.f;
     for (int n = 0; n < known; ++n) {
       const float keys = float(min(int64_t(block_k), span.len_k() - int64_t(n) * block_k));
-      sum = fmaf(weight(p, span, head, m, n) * keys, means.k_means[(k_row + n) * dim + d], sum);
+      sum = fmaf(weight(p, span, head, m, n) * keys, means.k.whole[(k_row + n) * dim + d], sum);
     }
     int64_t j = int64_t(bounds.whole) * block_k, change = j;
     float factor = 0.f;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) grad_of_keys(BlockScoresBackward p, 
       const int64_t head = int64_t(b) * p.heads_q + h;
       for (int m = whole; m < blocks; ++m) {
         const float rows = float(min(int64_t(block_q), span.len_q() - int64_t(m) * block_q));
-        sum = fmaf(weight(p, span, head, m, n) * rows, means.q_means[(head * p.q_blocks + span.list_row + m) * dim + d],
+        sum = fmaf(weight(p, span, head, m, n) * rows, means.q.whole[(head * p.q_blocks + span.list_row + m) * dim + d],
                    sum);
       }
     }
@@ -137,7 +137,7 @@ size_t block_scores_backward_workspace(const BlockScoresBackward& p, const CudaC
 Status score_blocks_backward(const BlockScoresBackward& p, const CudaContext& context) {
   if (p.reduce != BlockReduce::mean) return blocks_backward(p, context);
   const auto stream = static_cast<cudaStream_t>(context.stream);
-  BlockMeans means = block_means_of(p, context.workspace);
+  BlockMeans means = block_means_of(p, context.workspace, /*parts=*/false);
   BlockScoresBackward call = p;
   call.q_similarity = call.k_similarity = nullptr;
   find_block_means(call, &means, false, stream);

@@ -1,18 +1,18 @@
-// Block scores by the mean on the GPU, and self-similarity of blocks.
+// Means of blocks on the GPU, for the block scores by the mean (their products: cuda_block_products_sm80.cu), and
+// self-similarity of blocks.
 //
 //   mean over pairs of scale * q_i . k_j = scale * (mean q) . (mean k)
 //   a block that causality cuts: sum over i of q_i . (sum of the k_j that row i sees), a running sum of keys
 //
-// First the means, then their products in tiles (cuda_score_tiles.cuh): each mean is the sum of three bf16 numbers, 24
-// bits, and a product that of the six products of parts that are not below 2^-24 of it. (As three tf32 products, the
-// splitting in every warp took 0.5 ms for 1,024 x 1,024 blocks of 32 heads, as long as reading query and key.) Where
-// query and key blocks are of one size and lie on the diagonal, each query block has one cut block, and one CTA
-// averages a key block and the query blocks of all heads that share it: every thread holds 16 bytes of 8 keys, adds
-// them up as it goes along its 8 rows, and what lies in the rows of other threads comes in as (sum of own q) . (sum of
+// Where query and key blocks are of one size and lie on the diagonal, each query block has one cut block, and one CTA
+// averages a key block and the query blocks of all heads that share it: every thread has 16 bytes of 8 rows, adds the
+// keys up as it goes along them, and what lies in the rows of other threads comes in as (sum of own q) . (sum of
 // earlier keys). So query and key are read once. Any other cut block is summed by a CTA of its own row of blocks, from
 // L2.
 //
 // Bound: memory; 131,072 tokens, 32 heads over 8, D = 128, bf16: 1.34 GB.
+#include <algorithm>
+
 #include "selection/cuda_block_means.cuh"
 #include "selection/cuda_kernels.h"
 #include "selection/cuda_score_tiles.cuh"
@@ -74,7 +74,7 @@ struct Pool {
   int head_dim = 0, block = 0;
   bool keys = false;  // which length of a span
   Spans spans;
-  float* means = nullptr;       // [batch, heads, blocks, head_dim]
+  Means means;                  // [batch, heads, blocks, head_dim]
   float* similarity = nullptr;  // [batch, heads, blocks] or null
 };
 
@@ -137,10 +137,10 @@ __global__ void __launch_bounds__(kThreads) pool_pieces(Pool pool, Shares shares
       for (int i = 0; i < size; ++i) sum[i] += x[i];
     }
   }
-  float* mean = pool.means + result * pool.head_dim;
   put_piece(parts, sum);
-  for (int d = int(threadIdx.x); d < pool.head_dim; d += kThreads)
-    mean[d] = sum_groups(parts, shares, size, d) / float(rows);
+  for (int d = int(threadIdx.x); d < pool.head_dim; d += kThreads) {
+    pool.means.put(result * pool.head_dim + d, sum_groups(parts, shares, size, d) / float(rows));
+  }
   if constexpr (SIMILARITY) {
     __syncthreads();
     put_piece(parts, unit_sum);
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads) pool_elements(Pool pool) {
   }
   float square = 0.f;
   for (int d = int(threadIdx.x); d < pool.head_dim; d += kThreads) {
-    pool.means[result * pool.head_dim + d] = sums[d] / float(rows);
+    pool.means.put(result * pool.head_dim + d, sums[d] / float(rows));
     square = fmaf(unit_sums[d], unit_sums[d], square);
   }
   if (!pool.similarity) return;
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       x += here;
     }
     if (keys > 0 && d < dim) {
-      means.k_means[((int64_t(b) * kv_heads + kv_head) * means.k_blocks + n) * dim + d] = x / float(keys);
+      means.k.put(((int64_t(b) * kv_heads + kv_head) * means.k_blocks + n) * dim + d, x / float(keys));
     }
   }
   __syncthreads();
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     put_piece(parts, sum);
     const int64_t result = (int64_t(b) * p.heads_q + h) * p.q_blocks + m;
     for (int d = int(threadIdx.x); d < dim; d += kThreads) {
-      means.q_means[result * dim + d] = sum_groups(parts, shares, size, d) / float(rows);
+      means.q.put(result * dim + d, sum_groups(parts, shares, size, d) / float(rows));
     }
     if (threadIdx.x == 0) {
       float x = 0.f;
@@ -345,7 +345,7 @@ void find_means(const BlockScores& p, BlockMeans* means, bool diagonal, cudaStre
   pool.heads = p.heads_q;
   pool.blocks = p.q_blocks;
   pool.block = p.lists.block_q;
-  pool.means = means->q_means;
+  pool.means = means->q;
   pool.similarity = static_cast<float*>(p.q_similarity);
   pool_blocks<Element>(pool, p.batch, shares, stream);
   pool.view = p.key;
@@ -353,112 +353,9 @@ void find_means(const BlockScores& p, BlockMeans* means, bool diagonal, cudaStre
   pool.blocks = means->k_blocks;
   pool.block = p.lists.block_k;
   pool.keys = true;
-  pool.means = means->k_means;
+  pool.means = means->k;
   pool.similarity = static_cast<float*>(p.k_similarity);
   pool_blocks<Element>(pool, p.batch, shares, stream);
-}
-
-// ---- scores
-
-/// Each number as the sum of three of 8 bits.
-__global__ void split_means(const float* from, __nv_bfloat16* to, int64_t count) {
-  for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += int64_t(gridDim.x) * blockDim.x) {
-    float rest = from[at];
-#pragma unroll
-    for (int part = 0; part < 3; ++part) {
-      const __nv_bfloat16 here = __float2bfloat16_rn(rest);
-      to[part * count + at] = here;
-      rest = fabsf(widened(here)) < __builtin_huge_valf() ? rest - widened(here) : 0.f;
-    }
-  }
-}
-
-/// The parts of both factors of product `i` of 6, the small ones first.
-__device__ __forceinline__ int q_part(int i) { return i == 0 ? 2 : i == 2 || i == 3 ? 1 : 0; }
-__device__ __forceinline__ int k_part(int i) { return i == 1 ? 2 : i == 2 || i == 4 ? 1 : 0; }
-
-/// grid (128 key blocks, 64 query blocks, heads): products of means. Cut blocks: from the diagonal's sums, or left to
-/// score_cut_blocks.
-__global__ void __launch_bounds__(ScoreTile<__nv_bfloat16>::kThreads) multiply_means(BlockScores p, BlockMeans means) {
-  using Tile = ScoreTile<__nv_bfloat16>;
-  extern __shared__ __align__(128) unsigned char dynamic_shared[];
-  const int head = blockIdx.z, b = head / int(p.heads_q), h = head % int(p.heads_q);
-  const int kv_head = h / int(p.heads_q / p.heads_kv), dim = p.head_dim;
-  Span span;
-  int tile_row;
-  if (!find_span(means.tiles, false, blockIdx.y, &span, &tile_row)) return;
-  if (means.tiles.table) span = means.blocks.table[span.index];  // list_row in blocks, not in tiles
-  const int first_m = tile_row * Tile::kRows, first_n = int(blockIdx.x) * Tile::kKeys;
-  const int rows = min(Tile::kRows, ceil_div(span.len_q(), p.lists.block_q) - first_m);
-  const int blocks = min(int(p.key_blocks), ceil_div(span.len_k(), p.lists.block_k));
-  const int64_t row = int64_t(head) * p.q_blocks + span.list_row + first_m;
-  const int fit = int(min(int64_t(rows), p.q_blocks - span.list_row - first_m));  // cu_seqlens may hold anything
-  float* out = static_cast<float*>(p.scores) + row * p.key_blocks;
-  const SeenBlocks last(p, span, first_m + rows - 1);
-  Tile tile;
-  const bool any = first_n < last.seen && first_n < blocks;
-  if (any) {
-    const int64_t k_row = (int64_t(b) * p.heads_kv + kv_head) * means.k_blocks + span.k_block + first_n;
-    const int64_t q_count = p.batch * p.heads_q * p.q_blocks * dim,
-                  k_count = p.batch * p.heads_kv * means.k_blocks * dim;
-    const __nv_bfloat16* q = means.q_parts + row * dim;
-    const __nv_bfloat16* k = means.k_parts + k_row * dim;
-    const int fit_k = int(min(int64_t(blocks - first_n), means.k_blocks - span.k_block - first_n));
-    const bool vectors = dim % 8 == 0;
-    tile.multiply(
-        6, dim, vectors, [&](int r, int i) { return r < fit ? q + q_part(i) * q_count + int64_t(r) * dim : nullptr; },
-        [&](int n, int i) { return n < fit_k ? k + k_part(i) * k_count + int64_t(n) * dim : nullptr; }, dynamic_shared);
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int r = Tile::row_of(i);
-    if (r >= fit) continue;
-    const SeenBlocks bounds(p, span, first_m + r);
-#pragma unroll
-    for (int j = 0; j < Tile::kKeys / 8; ++j) {
-      const int n = first_n + Tile::key_of(j, i);
-      if (n >= p.key_blocks) continue;
-      if (n < bounds.whole && n < blocks) {
-        out[r * p.key_blocks + n] = tile.c[j][i] * p.scale;
-      } else if (n >= bounds.seen || n >= blocks) {
-        out[r * p.key_blocks + n] = -kInfinity;
-      } else if (means.diagonal) {
-        const BlockPair pair(p, span, first_m + r, n);
-        out[r * p.key_blocks + n] = means.diagonal[row + r] * p.scale / pair.pairs();
-      }
-    }
-  }
-}
-
-/// grid (query blocks, heads): each cut block of the row, a thread per element of a row of query.
-template <class Element>
-__global__ void __launch_bounds__(kThreads) score_cut_blocks(BlockScores p, Spans spans) {
-  __shared__ CtaScratch scratch;
-  const int head = blockIdx.y, b = head / int(p.heads_q), h = head % int(p.heads_q);
-  Span span;
-  int m;
-  if (!find_span(spans, false, blockIdx.x, &span, &m)) return;
-  const SeenBlocks bounds(p, span, m);
-  const Element* query = rows_of<Element>(p.query, b, h, span.q_begin + int64_t(m) * p.lists.block_q);
-  for (int n = bounds.whole; n < min(int64_t(bounds.seen), p.key_blocks); ++n) {
-    const BlockPair pair(p, span, m, n);
-    const Element* key =
-        rows_of<Element>(p.key, b, h / int(p.heads_q / p.heads_kv), span.k_begin + int64_t(n) * p.lists.block_k);
-    float product = 0.f;
-    for (int d = int(threadIdx.x); d < p.head_dim; d += kThreads) {
-      float seen = 0.f;
-      int next = 0;
-      for (int i = int(clamped(1 - pair.first_seen, 0, pair.rows)); i < pair.rows; ++i) {
-        for (; next < pair.keys && next < pair.first_seen + i; ++next) seen += widened(key[next * p.key.row + d]);
-        product = fmaf(widened(query[i * p.query.row + d]), seen, product);
-      }
-    }
-    product = cta_sum<kThreads>(product, scratch);
-    if (threadIdx.x == 0) {
-      static_cast<float*>(p.scores)[(int64_t(head) * p.q_blocks + blockIdx.x) * p.key_blocks + n] =
-          product * p.scale / pair.pairs();
-    }
-  }
 }
 
 __global__ void fill_floats(float* to, int64_t count, float value) {
@@ -474,15 +371,19 @@ void fill(float* to, int64_t count, float value, cudaStream_t stream) {
     launch(fill_floats, unsigned(clamped(ceil_div<int64_t>(count, 1024), 1, 4096)), 256, 0, stream, to, count, value);
 }
 
-size_t block_means_bytes(const BlockScores& p) {
-  return 2 * spans_bytes(p) + padded_bytes(p.batch * p.heads_q * p.q_blocks * p.head_dim * 4) +
-         padded_bytes(p.batch * p.heads_kv * p.k_blocks() * p.head_dim * 4) +
-         padded_bytes(p.batch * p.heads_q * p.q_blocks * 4) +
-         padded_bytes(p.batch * p.heads_q * p.q_blocks * p.head_dim * 6) +
-         padded_bytes(p.batch * p.heads_kv * p.k_blocks() * p.head_dim * 6);
+namespace {
+
+int64_t q_count(const BlockScores& p) { return p.batch * p.heads_q * p.q_blocks * p.head_dim; }
+int64_t k_count(const BlockScores& p) { return p.batch * p.heads_kv * p.k_blocks() * p.head_dim; }
+
+}  // namespace
+
+size_t block_means_bytes(const BlockScores& p) {  // parts take more than fp32
+  return 2 * spans_bytes(p) + padded_bytes(q_count(p) * 6) + padded_bytes(k_count(p) * 6) +
+         padded_bytes(p.batch * p.heads_q * p.q_blocks * 4);
 }
 
-BlockMeans block_means_of(const BlockScores& p, void* workspace) {
+BlockMeans block_means_of(const BlockScores& p, void* workspace, bool parts) {
   BlockMeans means;
   auto* memory = static_cast<char*>(workspace);
   auto take = [&](size_t bytes) {
@@ -490,17 +391,19 @@ BlockMeans block_means_of(const BlockScores& p, void* workspace) {
     memory += bytes;
     return at;
   };
+  auto take_means = [&](Means* to, int64_t count) {
+    void* at = take(padded_bytes(count * 6));
+    to->count = count;
+    to->whole = parts ? nullptr : static_cast<float*>(at);
+    to->parts = parts ? static_cast<__nv_bfloat16*>(at) : nullptr;
+  };
   means.k_blocks = p.k_blocks();
   means.blocks = spans_of(p, p.lists.block_q, p.lists.block_k, take(spans_bytes(p)));
   const int64_t tile = std::min<int64_t>(int64_t(p.lists.block_q) * kTileBlocks, INT32_MAX);
   means.tiles = spans_of(p, int(tile), p.lists.block_k, take(spans_bytes(p)));
-  means.q_means = reinterpret_cast<float*>(take(padded_bytes(p.batch * p.heads_q * p.q_blocks * p.head_dim * 4)));
-  means.k_means = reinterpret_cast<float*>(take(padded_bytes(p.batch * p.heads_kv * means.k_blocks * p.head_dim * 4)));
+  take_means(&means.q, q_count(p));
+  take_means(&means.k, k_count(p));
   means.diagonal = reinterpret_cast<float*>(take(padded_bytes(p.batch * p.heads_q * p.q_blocks * 4)));
-  const int64_t q_count = p.batch * p.heads_q * p.q_blocks * p.head_dim;
-  const int64_t k_count = p.batch * p.heads_kv * means.k_blocks * p.head_dim;
-  means.q_parts = reinterpret_cast<__nv_bfloat16*>(take(padded_bytes(q_count * 6)));
-  means.k_parts = reinterpret_cast<__nv_bfloat16*>(take(padded_bytes(k_count * 6)));
   return means;
 }
 
@@ -512,39 +415,6 @@ void find_block_means(const BlockScores& p, BlockMeans* means, bool diagonal, cu
     case DType::bf16: return find_means<__nv_bfloat16>(p, means, diagonal, stream);
     default: return find_means<float>(p, means, diagonal, stream);
   }
-}
-
-Status score_block_means(const BlockScores& p, const CudaContext& context) {
-  const auto stream = static_cast<cudaStream_t>(context.stream);
-  BlockMeans means = block_means_of(p, context.workspace);
-  find_block_means(p, &means, true, stream);
-  const int64_t heads = p.batch * p.heads_q;
-  if (p.q_blocks == 0 || p.key_blocks == 0) return launched("block_scores");
-  if (p.packed()) fill(static_cast<float*>(p.scores), heads * p.q_blocks * p.key_blocks, -kInfinity, stream);
-  const auto split = [&](const float* from, __nv_bfloat16* to, int64_t count) {
-    const int64_t ctas = clamped(ceil_div<int64_t>(count, 1024), 1, 8192);
-    launch(split_means, unsigned(ctas), 256, 0, stream, from, to, count);
-  };
-  split(means.q_means, means.q_parts, heads * p.q_blocks * p.head_dim);
-  split(means.k_means, means.k_parts, p.batch * p.heads_kv * means.k_blocks * p.head_dim);
-  const int64_t row_tiles = tiles_of(p.len_q, int64_t(p.lists.block_q) * kTileBlocks, p);
-  if (row_tiles > 65535) {
-    return error(Status::Kind::unsupported, "block_scores: %lld blocks of queries; CUDA takes 4194240",
-                 (long long)p.q_blocks);
-  }
-  launch(multiply_means,
-         dim3(unsigned(ceil_div<int64_t>(p.key_blocks, ScoreTile<__nv_bfloat16>::kKeys)), unsigned(row_tiles),
-              unsigned(heads)),
-         ScoreTile<__nv_bfloat16>::kThreads, ScoreTile<__nv_bfloat16>::kBytes, stream, p, means);
-  if (p.causal && !means.diagonal) {
-    const dim3 grid(unsigned(p.q_blocks), unsigned(heads));
-    switch (p.dtype) {
-      case DType::f16: launch(score_cut_blocks<__half>, grid, kThreads, 0, stream, p, means.blocks); break;
-      case DType::bf16: launch(score_cut_blocks<__nv_bfloat16>, grid, kThreads, 0, stream, p, means.blocks); break;
-      default: launch(score_cut_blocks<float>, grid, kThreads, 0, stream, p, means.blocks);
-    }
-  }
-  return launched("block_scores");
 }
 
 }  // namespace sparsekit::cuda

@@ -321,7 +321,7 @@ Status score_blocks(const BlockScores& s, const CudaContext& context) {
   f.out = static_cast<float*>(s.scores);
   run(f, antidiagonal ? Kind::antidiagonal : Kind::max, context.workspace, lse, context.multiprocessors, stream);
   if (s.q_similarity) {
-    BlockMeans means = block_means_of(s, context.workspace);
+    BlockMeans means = block_means_of(s, context.workspace, /*parts=*/false);
     find_block_means(s, &means, false, stream);
   }
   return launched("block_scores");

@@ -15,14 +15,13 @@
 // Bound: products; 64 rows, 131,072 keys, 32 heads, D = 128: 2 x 69 GFLOP, of which mma.sync does 390 to 450 a ms.
 #include <algorithm>
 
-#include "selection/cuda_kernels.h"
-#include "selection/cuda_rows.cuh"
-#include "selection/cuda_score_tiles.cuh"
+#include "selection/cuda_columns.cuh"
 
 namespace sparsekit::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = 8, kHeads = 4, kHalf = 32;  // a warp: half of the 64 rows of one of 4 heads
+constexpr int kThreads = 256, kWarps = 8, kHeads = kProbeHeads,
+              kHalf = kProbeRows / 2;  // a warp: half of the 64 rows of one of 4 heads
 constexpr int kKeys = 64, kStages = 4;
 
 /// A sheared tile: [8][kShear] floats, diagonal x of row g at g * kShear + x.
@@ -113,13 +112,6 @@ struct Probes {
     }
   }
   __device__ __forceinline__ static int row_of(int j, int e) { return 8 * j + lane_of() % 4 * 2 + e; }
-};
-
-struct ColumnCall {
-  ColumnScores p;
-  int ranges = 1, keys_each = 0;  // keys of a range: a multiple of kKeys
-  float2* parts = nullptr;    // [batch, heads_q, 64, ranges]: highest score (in units of log 2), sum of 2^(score - it)
-  const int* fits = nullptr;  // [batch]
 };
 
 /// The range and heads of a CTA: grid (ranges, head quads, batch * key heads).
@@ -219,15 +211,6 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_for_lse(ColumnCall call) {
       }
     }
   }
-}
-
-/// lse, in units of log 2, of a row of the CTA; +inf where it sees nothing, so that its shares are 0.
-__device__ __forceinline__ float lse_of_parts(const float2* parts, int ranges) {
-  float most = -kInfinity, sum = 0.f;
-  for (int r = 0; r < ranges; ++r) most = larger(most, parts[r].x);
-  if (most == -kInfinity) return kInfinity;
-  for (int r = 0; r < ranges; ++r) sum += parts[r].y * exp2_fast(parts[r].x - most);
-  return most + log2f(sum);
 }
 
 /// Shares of the CTA's keys, to columns and diagonals.
@@ -383,13 +366,19 @@ void run(const ColumnCall& call, cudaStream_t stream) {
   launch(sweep_for_shares<Element, DIM>, grid, kThreads, Layout<DIM>::kBytes, stream, call);
 }
 
-/// Ranges of keys: as many CTAs as fit on the card at once, no range of less than 4 tiles.
-void set_ranges(ColumnCall* call, const ColumnScores& p, int multiprocessors) {
+/// Ranges of keys: as many CTAs as fit on the card at once, no range of less than 4 tiles. Whether it is Hopper's.
+bool set_ranges(ColumnCall* call, const ColumnScores& p, const CudaContext& context) {
+  call->keys_each = columns_sm90_keys(p, context);
+  if (call->keys_each > 0) {
+    call->ranges = int(ceil_div<int64_t>(p.len_k, call->keys_each));
+    return true;
+  }
   const int64_t others = p.batch * p.heads_kv * ceil_div<int64_t>(p.heads_q / p.heads_kv, kHeads);
   const int64_t tiles = ceil_div<int64_t>(p.len_k, kKeys);
-  const int64_t ranges = clamped(multiprocessors / others, 1, std::max<int64_t>(tiles / 4, 1));
+  const int64_t ranges = clamped(context.multiprocessors / others, 1, std::max<int64_t>(tiles / 4, 1));
   call->keys_each = int(ceil_div(tiles, ranges) * kKeys);
   call->ranges = int(ceil_div<int64_t>(p.len_k, call->keys_each));
+  return false;
 }
 
 }  // namespace
@@ -402,7 +391,7 @@ bool few_columns(const ColumnScores& p) {
 
 size_t few_columns_workspace(const ColumnScores& p, const CudaContext& context) {
   ColumnCall call;
-  set_ranges(&call, p, context.multiprocessors);
+  set_ranges(&call, p, context);
   return padded_bytes(p.batch * p.heads_q * 2 * kHalf * call.ranges * int64_t(sizeof(float2))) +
          padded_bytes(p.batch * int64_t(sizeof(int)));
 }
@@ -411,13 +400,17 @@ const int* score_few_columns(const ColumnScores& p, const CudaContext& context, 
   const auto stream = static_cast<cudaStream_t>(context.stream);
   ColumnCall call;
   call.p = p;
-  set_ranges(&call, p, context.multiprocessors);
+  const bool hopper = set_ranges(&call, p, context);
   call.parts = static_cast<float2*>(workspace);
   auto* fits =
       reinterpret_cast<int*>(static_cast<char*>(workspace) +
                              padded_bytes(p.batch * p.heads_q * 2 * kHalf * call.ranges * int64_t(sizeof(float2))));
   call.fits = fits;
   launch(columns_fit, unsigned(p.batch), 2 * kHalf, 0, stream, p, fits);
+  if (hopper) {
+    score_columns_sm90(call, stream);
+    return fits;
+  }
   cudaMemsetAsync(p.diagonals, 0, size_t(p.batch * p.heads_q * p.len_k) * sizeof(float), stream);
   const bool wide = p.head_dim > 64;
   if (p.dtype == DType::f16) {

@@ -4,6 +4,7 @@
 
 #include "attention/sequences.h"
 #include "common/cpu/features.h"
+#include "common/cpu/huge_pages.h"
 #include "selection/implementations.h"
 
 namespace sparsekit {
@@ -92,6 +93,8 @@ Sequence* list_sequences(const AttentionProblem& problem, int64_t* count) {
 Status block_scores(const BlockScores& arguments, const ParallelFor& parallel) {
   Status status = check_all(arguments);
   if (!status.ok()) return status;
+  const int64_t scores = arguments.batch * arguments.heads_q * arguments.q_blocks * arguments.key_blocks;
+  prefer_huge_pages(arguments.scores, size_t(scores) * (arguments.dtype == DType::f64 ? 8 : 4));
   return run(&CpuSelection::block_scores, arguments, arguments.dtype == DType::f64, parallel);
 }
 
