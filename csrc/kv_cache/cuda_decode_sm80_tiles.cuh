@@ -92,18 +92,22 @@ struct PackedTiles {
     }
   }
 
-  /// Which 16 bytes of a tile's scales and minima this lane copies: chunk `number` of [block or group][2][...]. `from`
-  /// is where it stands in block (group) 0 of the pool; null: none.
+  /// Which 16 bytes of a tile's scales and minima this lane copies: chunk `number` of [block or group][2][...]; -1:
+  /// none. In one register: its offset in scales or minima of block (group) 0, then `of`, then whether it is minima.
   struct Part {
-    const uint16_t* from;
-    int of, second;
+    int code;
+    __device__ __forceinline__ bool none() const { return code < 0; }
+    __device__ __forceinline__ int offset() const { return code & 0xffff; }
+    __device__ __forceinline__ int of() const { return code >> 16 & 1; }
+    __device__ __forceinline__ bool minima() const { return (code & 0x20000) != 0; }
   };
   __device__ __forceinline__ Part part_of(const Pool& pool, int number, bool value) const {
     const int each = each_of(value), count = !value && CHANNEL ? kGroups : kBlocks;
     const int of = number / (2 * each), second = number % (2 * each) / each;
-    const uint16_t* from = of >= count ? nullptr : second ? pool.minima : pool.scales;
-    return {from ? from + number % each * 8 : nullptr, of, second};
+    const bool none = of >= count || (second && !pool.minima);
+    return {none ? -1 : number % each * 8 | of << 16 | second << 17};
   }
+
   /// Chunks per scales (or minima) of a block, or of a group of keys per channel.
   __device__ __forceinline__ int each_of(bool value) const {
     return !value && CHANNEL ? DIM / 8 : p.cache.value.format.groups * 4;
@@ -150,15 +154,17 @@ struct PackedTiles {
     }
   }
   __device__ __forceinline__ void copy_part(uint32_t to, const Part& part, bool value) const {
-    if (!part.from) return;
-    const int block = part.of ? cursor.blocks[1] : cursor.blocks[0];
+    if (part.none()) return;
+    const Pool& pool = value ? p.cache.value : p.cache.key;
+    const int block = part.of() ? cursor.blocks[1] : cursor.blocks[0];
     const Format& f = value ? p.cache.value.format : p.cache.key.format;
     const int64_t at = !value && CHANNEL ? int64_t(block >> (f.group_size == 32   ? 0
                                                              : f.group_size == 64 ? 1
                                                                                   : 2)) *
                                                DIM
                                          : int64_t(block) * (f.groups * 32);
-    copy_async_16(to, part.from + at, !(cursor.absent >> part.of & 1));
+    copy_async_16(to, (part.minima() ? pool.minima : pool.scales) + part.offset() + at,
+                  !(cursor.absent >> part.of() & 1));
   }
   __device__ __forceinline__ static uint32_t word_of(const uint4& x, int i) {
     return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
@@ -184,7 +190,7 @@ struct PackedTiles {
     const Pool& pool = value ? p.cache.value : p.cache.key;
     __half2 most = __float2half2_rn(0.f);
     auto take = [&](const Part& part, int number) {
-      if (!part.from || part.second) return;
+      if (part.none() || part.minima()) return;
       const uint4 x = load_shared(slot + kCodeBytes + number * 16);
       most = __hmax2_nan(
           most, __hmax2_nan(__hmax2_nan(half2_of(x.x), half2_of(x.y)), __hmax2_nan(half2_of(x.z), half2_of(x.w))));

@@ -109,8 +109,8 @@ struct QuantizeRows {
     return warp * kWarpTokens + (VALUE ? 8 * half + i : i / 4 * 8 + 4 * half + i % 4);
   }
 
-  /// `rows(t)`: the elements of token t. Where the tile is full and evenly spaced, `first` is its first row, and rows are
-  /// `stride` elements apart. Tokens past the end repeat the last one, which changes no extremes.
+  /// `rows(t)`: the elements of token t. Where the tile is full and evenly spaced, `first` is its first row, and rows
+  /// are `stride` elements apart. Tokens past the end repeat the last one, which changes no extremes.
   template <class Row>
   __device__ __forceinline__ void load(const Element* first, int64_t stride, const Row& rows) {
     const int column = d < f.dim ? d : 0;
