@@ -2,11 +2,11 @@
 //
 // CODES. A code of up to 8 bits in the low bits of a 16-bit half *is* an fp16 number, code * 2^-24 (a subnormal, which
 // tensor cores multiply at full speed): one AND makes the A operand of two codes, no exponent is inserted and nothing
-// subtracted. What stands higher in the half is larger by a power of two, which the other operand takes back. Per 64
-// codes of 4 bits a lane spends 5 instructions of 8 codes; 2 bits 9 of 16; 8 bits 2 of 4; 3 bits 26 of 16; fp8 7 of 4.
+// subtracted. What stands higher in the half is larger by a power of two, which the other operand takes back. For
+// codes of 4 bits a lane spends 5 instructions of 8; 2 bits 9 of 16; 8 bits 3 of 4; 3 bits 20 of 16; fp8 7 of 4.
 // KEYS per channel: score = sum_d (q_d scale_d) code_d + sum_d q_d minimum_d. q is brought to |q| < 2^a by a power of
-// two per row, where a suits the scales met so far; q * scale is rounded to fp16 (11 bits: a tenth of the error of
-// 8-bit codes, half that of keys in bf16), and the second sum is the same for a whole group: one product with A = the
+// two per row, where a suits the scales met so far; q * scale is kept as two halves (product and exact remainder of an
+// fma: 22 bits, like the CPU's factors), and the second sum is the same for a whole group: one product with A = the
 // minima in every row. KEYS per token: the products of a group of channels, times the token's scale, in fp32. VALUES:
 // the token's scale goes to the weight (as fp16, 11 bits); sum_t weight minimum is a product whose A has the groups'
 // minima as rows. Symmetric formats: the scale is the minimum, times -2^(bits - 1) at the end. RANGE. Weights are 2^15
@@ -32,8 +32,6 @@ struct PackedDecode : PackedTiles<BITS, DIM, CHANNEL, HALVES> {
       Tiles::slot_size, Tiles::t, Tiles::value_part;
   using Tiles::kBlockBytes, Tiles::kBlocks, Tiles::kCodeBytes, Tiles::kGroups, Tiles::kLoads, Tiles::kSlots,
       Tiles::kTiles, Tiles::kTokens, Tiles::kWords;
-
-  static constexpr bool kRest = C::kPlane == 8;  // q * scale as two halves
 
   float base_unit;                       // of the minima's products, in units of the codes'
   int exponent;                          // |q| < 2^exponent: per channel 15 before the first tile, else 0
@@ -174,29 +172,45 @@ struct PackedDecode : PackedTiles<BITS, DIM, CHANNEL, HALVES> {
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
       const uint32_t scales = slot + kCodeBytes + k * DIM * 4;
-      const bool symmetric = p.cache.key.format.symmetric;
-      float sum[C::kSteps][4] = {}, y[kBlocks][2][4] = {};
+      float base[2] = {0.f, 0.f};
+      if (!C::kFp8) {
+        const uint32_t minima = scales + (p.cache.key.format.symmetric ? 0 : DIM * 2);
+        float sum[C::kSteps][4] = {};
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        uint32_t factors[C::kSteps][2], rest[C::kSteps][2], low[C::kSteps][2];
-        channel_pairs(scales, i, factors);
-        // Symmetric formats: the factors that codes meet, as they are rounded; or scales, as exact as `rest`.
-        if (!C::kFp8 && !symmetric) channel_pairs(scales + DIM * 2, i, low);
+        for (int i = 0; i < kLoads; ++i) {
+          uint32_t low[C::kSteps][2];
+          channel_pairs(minima, i, low);
+#pragma unroll
+          for (int j = 0; j < C::kSteps; ++j) {
+            const uint32_t a[4] = {low[j][0], low[j][0], low[j][1], low[j][1]};
+            mma_m16n8k16<__half>(sum[j], a, query[i][j][0], query[i][j][1]);
+          }
+        }
 #pragma unroll
         for (int j = 0; j < C::kSteps; ++j) {
-          uint32_t other[2];
+#pragma unroll
+          for (int c = 0; c < 2; ++c) base[c] += sum[j][c] * (base_unit * float(1 << C::shift(j)));
+        }
+      }
+      float y[kBlocks][2][4];
+#pragma unroll
+      for (int s = 0; s < kBlocks; ++s) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) y[s][c / 4][c % 4] = HALVES ? base[c % 2] : 0.f;
+      }
+      if (!HALVES) shift[0] = base[0], shift[1] = base[1];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        uint32_t factors[C::kSteps][2], rest[C::kSteps][2];
+        channel_pairs(scales, i, factors);
+#pragma unroll
+        for (int j = 0; j < C::kSteps; ++j) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            const uint32_t scale = factors[j][c], ones = 0x3c003c00u;
-            factors[j][c] = multiply(query[i][j][c], scale);
-            if (kRest)
-              rest[j][c] =
-                  bits_of(__hfma2(half2_of(query[i][j][c]), half2_of(scale), __hneg2(half2_of(factors[j][c]))));
-            if (symmetric) low[j][c] = kRest ? scale : ones;
-            other[c] = symmetric && !kRest ? factors[j][c] : query[i][j][c];
+            const __half2 q = half2_of(query[i][j][c]), scale = half2_of(factors[j][c]), product = __hmul2(q, scale);
+            rest[j][c] = bits_of(__hfma2(q, scale, __hneg2(product)));
+            factors[j][c] = bits_of(product);
           }
-          const uint32_t a[4] = {low[j][0], low[j][0], low[j][1], low[j][1]};
-          if (!C::kFp8) mma_m16n8k16<__half>(sum[j], a, other[0], other[1]);
         }
 #pragma unroll
         for (int s = 0; s < kBlocks; ++s) {
@@ -204,26 +218,19 @@ struct PackedDecode : PackedTiles<BITS, DIM, CHANNEL, HALVES> {
           uint32_t codes[4][2 * C::kSteps];
           load_codes(slot, i, s, codes);
 #pragma unroll
-          for (int part = 0; part < C::kSteps * (kRest ? 2 : 1); ++part) {
-            const int j = kRest ? part / 2 : part;
+          for (int part = 0; part < 2 * C::kSteps; ++part) {
 #pragma unroll
-            for (int m = 0; m < 2; ++m) add_product(y[s][m], codes, m, j, kRest && part % 2 ? rest[j] : factors[j]);
+            for (int m = 0; m < 2; ++m)
+              add_product(y[s][m], codes, m, part / 2, part % 2 ? rest[part / 2] : factors[part / 2]);
           }
         }
       }
-      float base[2] = {0.f, 0.f};
-#pragma unroll
-      for (int j = 0; j < C::kSteps && !C::kFp8; ++j) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) base[c] += sum[j][c] * (base_unit * float(1 << C::shift(j)));
-      }
-      if (!HALVES) shift[0] = base[0], shift[1] = base[1];
 #pragma unroll
       for (int s = 0; s < kBlocks; ++s) {
         const bool mine = !HALVES || (C::kMixed ? g >> 2 == k : s == k);  // this lane's tokens are of this group
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
-          if (k == 0 || mine) x[s][c / 4][c % 4] = y[s][c / 4][c % 4] + (HALVES ? base[c % 2] : 0.f);
+          if (k == 0 || mine) x[s][c / 4][c % 4] = y[s][c / 4][c % 4];
         }
       }
     }
