@@ -25,6 +25,11 @@ struct Pair<__nv_bfloat16> {
     asm("max.NaN.bf16x2 %0, %1, %2;\n" : "=r"(x) : "r"(a), "r"(b));
     return x;
   }
+  static __device__ __forceinline__ uint32_t lower(uint32_t a, uint32_t b) {
+    uint32_t x;
+    asm("min.NaN.bf16x2 %0, %1, %2;\n" : "=r"(x) : "r"(a), "r"(b));
+    return x;
+  }
   static __device__ __forceinline__ float low(uint32_t x) { return __uint_as_float(x << 16); }
   static __device__ __forceinline__ float high(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
   static constexpr uint32_t kLowest = 0xff80ff80u;  // -inf, -inf
@@ -34,6 +39,11 @@ struct Pair<__half> {
   static __device__ __forceinline__ uint32_t higher(uint32_t a, uint32_t b) {
     uint32_t x;
     asm("max.NaN.f16x2 %0, %1, %2;\n" : "=r"(x) : "r"(a), "r"(b));
+    return x;
+  }
+  static __device__ __forceinline__ uint32_t lower(uint32_t a, uint32_t b) {
+    uint32_t x;
+    asm("min.NaN.f16x2 %0, %1, %2;\n" : "=r"(x) : "r"(a), "r"(b));
     return x;
   }
   static __device__ __forceinline__ float low(uint32_t x) { return half_value(uint16_t(x)); }
@@ -99,14 +109,22 @@ struct QuantizeRows {
     return warp * kWarpTokens + (VALUE ? 8 * half + i : i / 4 * 8 + 4 * half + i % 4);
   }
 
-  /// Tokens past the end repeat the last one, which changes no extremes.
+  /// `rows(t)`: the elements of token t. Where the tile is full and evenly spaced, `first` is its first row, and rows
+  /// are `stride` elements apart. Tokens past the end repeat the last one, which changes no extremes.
   template <class Row>
-  __device__ __forceinline__ void load(const Row& row) {
-    const int from = d < f.dim ? d : 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint4 raw = __ldcs(reinterpret_cast<const uint4*>(row(min(token(i), count - 1)) + from));
+  __device__ __forceinline__ void load(const Element* first, int64_t stride, const Row& rows) {
+    const int column = d < f.dim ? d : 0;
+    auto take = [&](int i, const Element* row) {
+      const uint4 raw = __ldcs(reinterpret_cast<const uint4*>(row + column));
       x[i][0] = raw.x, x[i][1] = raw.y, x[i][2] = raw.z, x[i][3] = raw.w;
+    };
+    if (first) {
+      first += token(0) * stride;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) take(i, first + (token(i) - token(0)) * stride);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) take(i, rows(min(token(i), count - 1)));
     }
   }
 
@@ -133,16 +151,16 @@ struct QuantizeRows {
   }
 
   __device__ __forceinline__ void settle_channels() {
-    uint32_t high[4], low[4];  // low: negated
+    uint32_t high[4], low[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) high[k] = low[k] = P::kLowest;
+    for (int k = 0; k < 4; ++k) {
+      high[k] = low[k] = x[0][k];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
+      for (int i = 1; i < 8; ++i) {
         high[k] = P::higher(high[k], x[i][k]);
-        low[k] = P::higher(low[k], negated(x[i][k]));
+        low[k] = P::lower(low[k], x[i][k]);
       }
+      low[k] = negated(low[k]);
     }
     // One half of the warp goes on with the highest, the other with the lowest.
     uint32_t own[4];
@@ -174,8 +192,7 @@ struct QuantizeRows {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const uint32_t high = P::higher(P::higher(x[i][0], x[i][1]), P::higher(x[i][2], x[i][3]));
-      const uint32_t low =
-          P::higher(P::higher(negated(x[i][0]), negated(x[i][1])), P::higher(negated(x[i][2]), negated(x[i][3])));
+      const uint32_t low = negated(P::lower(P::lower(x[i][0], x[i][1]), P::lower(x[i][2], x[i][3])));
       const uint32_t both = P::higher(__byte_perm(high, low, 0x5410), __byte_perm(high, low, 0x7632));
       shared.rows[warp][token(i) % kWarpTokens][c] = d < f.dim ? both : P::kLowest;
     }
@@ -208,30 +225,15 @@ struct QuantizeRows {
     return CHANNEL ? (t >> shift) * kSlice + channel : t * 4 + (channel >> shift);
   }
 
-  struct Codes {
-    float of[8];
-  };
-  /// kRound + code of 8 elements of token t (fp8: the code's bits), as the CPU computes them. Out of line: rare.
-  static __device__ __noinline__ Codes exact(const Shared& shared, bool symmetric, int shift, int count, int t,
-                                             int channel, uint4 row) {
-    Codes codes;
-#pragma unroll 1
-    for (int k = 0; k < 8; ++k) {
-      const int at = step_index(shift, t, channel + k);
-      const uint32_t pair = k < 2 ? row.x : k < 4 ? row.y : k < 6 ? row.z : row.w;
-      const float value = k % 2 ? P::high(pair) : P::low(pair), unit = shared.units[at];
-      float code;
-      if (t >= count || unit < 0.f) {
-        code = kFp8 ? 0.f : kRound;
-      } else if (kFp8) {
-        code = __uint_as_float(fp8_codes(unit > 0.f ? __fdiv_rn(value, unit) : 0.f, 0.f) & 0xff);
-      } else {
-        const float top = most(symmetric), step = unit > 0.f ? __fdiv_rn(value - shared.steps[at].base, unit) : 0.f;
-        code = fminf(fmaxf(step, symmetric ? -top : 0.f), top) + kRound + middle(symmetric);
-      }
-      codes.of[k] = code;
-    }
-    return codes;
+  /// kRound + the code of element k of a row (fp8: the code's bits) as the CPU computes it. Out of line: one in 2,000
+  /// elements of 16 bits is in the middle of two codes.
+  static __device__ __noinline__ float exact(const Step& step, float unit, bool symmetric, int k, uint4 row) {
+    const uint32_t pair = k < 2 ? row.x : k < 4 ? row.y : k < 6 ? row.z : row.w;
+    const float value = k % 2 ? P::high(pair) : P::low(pair);
+    if (unit < 0.f) return kFp8 ? 0.f : kRound;
+    if (kFp8) return __uint_as_float(fp8_codes(unit > 0.f ? __fdiv_rn(value, unit) : 0.f, 0.f) & 0xff);
+    const float top = most(symmetric), quotient = unit > 0.f ? __fdiv_rn(value - step.base, unit) : 0.f;
+    return fminf(fmaxf(quotient, symmetric ? -top : 0.f), top) + kRound + middle(symmetric);
   }
 
   /// Adds the 8 codes of row x[I] to the words they belong to. A word's element e stands at bit 8 (e % 4) + width (e /
@@ -290,35 +292,52 @@ struct QuantizeRows {
       const int t = token(i);
       Step step = {0.f, 0.f};
       if (!CHANNEL && d < f.dim) step = shared.steps[step_index(shift, t, c * 8)];
-      bool rare = t >= count || (kFp8 && (CHANNEL ? spoiled : step.inverse != step.inverse));
+      const bool all = kFp8 && (CHANNEL ? spoiled : step.inverse != step.inverse);
+      bool rare = all || t >= count;
       float codes[8];
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const float value = k % 2 ? P::high(x[i][k / 2]) : P::low(x[i][k / 2]);
-        const float base = CHANNEL ? own[k].base : step.base, inverse = CHANNEL ? own[k].inverse : step.inverse;
-        if (kFp8) {
-          codes[k] = value * inverse;
-          continue;
-        }
-        const float offset = value - base;
-        codes[k] = fmaf(offset, inverse, shifted);
-        rare |= !(fabsf(fmaf(offset, inverse, shifted - codes[k])) <= kNear);  // shifted - code is exact
-      }
+      auto base_of = [&](int k) { return CHANNEL ? own[k].base : step.base; };
+      auto inverse_of = [&](int k) { return CHANNEL ? own[k].inverse : step.inverse; };
+      auto value_of = [&](int k) { return k % 2 ? P::high(x[i][k / 2]) : P::low(x[i][k / 2]); };
+      // Whether code k is certain. That of an integer: the distance, exact, of the product from it is less than 1/2.
+      auto certain = [&](int k) {
+        return fabsf(fmaf(value_of(k) - base_of(k), inverse_of(k), shifted - codes[k])) <= kNear;
+      };
+      // The quotient is within 2^-22 of the product; nearly always the whole interval has one code.
+      auto near = [&](int k, float factor) {
+        return fp8_codes(value_of(k) * inverse_of(k) * factor, value_of(k + 1) * inverse_of(k + 1) * factor) & 0xffff;
+      };
       if (kFp8) {
-        // The quotient is within 2^-22 of the product; nearly always the whole interval has one code.
 #pragma unroll
         for (int k = 0; k < 8; k += 2) {
-          const uint32_t two = fp8_codes(codes[k] * 0.9999995f, codes[k + 1] * 0.9999995f);
-          rare |= two != fp8_codes(codes[k] * 1.0000005f, codes[k + 1] * 1.0000005f);
+          const uint32_t two = near(k, 0.9999995f);
+          rare |= two != near(k, 1.0000005f);
           codes[k] = __uint_as_float(two & 0xff);
-          codes[k + 1] = __uint_as_float(two >> 8 & 0xff);
+          codes[k + 1] = __uint_as_float(two >> 8);
+        }
+      } else {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          codes[k] = fmaf(value_of(k) - base_of(k), inverse_of(k), shifted);
+          rare |= !certain(k);
         }
       }
       if (__builtin_expect(rare, 0)) {
-        const Codes all =
-            exact(shared, f.symmetric, shift, count, t, c * 8, make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]));
+        uint32_t left = 0;  // bit k: code k is to be computed exactly
 #pragma unroll
-        for (int k = 0; k < 8; ++k) codes[k] = all.of[k];
+        for (int k = 0; k < 8; ++k) {
+          const uint32_t bits = __float_as_uint(codes[k]);
+          const bool sure = kFp8 ? !all && (near(k / 2 * 2, 1.0000005f) >> (k % 2 * 8) & 0xff) == bits : certain(k);
+          left |= uint32_t(!sure && t < count) << k;
+          if (t >= count) codes[k] = kFp8 ? 0.f : kRound;
+        }
+        while (left != 0) {
+          const int number = __ffs(int(left)) - 1, at = step_index(shift, t, c * 8 + number);
+          left &= left - 1;
+          const float code = exact(shared.steps[at], shared.units[at], f.symmetric, number,
+                                   make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]));
+#pragma unroll
+          for (int k = 0; k < 8; ++k) codes[k] = k == number ? code : codes[k];
+        }
       }
 #pragma unroll
       for (int k = 0; k < 8; ++k) add(words, i, k, __float_as_uint(codes[k]));
@@ -411,8 +430,8 @@ struct QuantizeRows {
 
   /// All of it. Every thread of the CTA calls it.
   template <class Row, class PlaceOf>
-  __device__ __forceinline__ void run(const Row& row, const PlaceOf& place) {
-    load(row);
+  __device__ __forceinline__ void run(const Element* first, int64_t stride, const Row& row, const PlaceOf& place) {
+    load(first, stride, row);
     if (int(threadIdx.x) * kv_block < count) shared.places[threadIdx.x] = place(int(threadIdx.x) * kv_block);
     if (CHANNEL) {
       settle_channels();

@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(256, 2) quantize_tiles(const __grid_constant__
     return {q.codes + (head * q.blocks + token / kv_block) * f.block_bytes, q.scales + scale,
             q.minima ? q.minima + scale : nullptr};
   };
-  Rows(f, min(left, tile), blockIdx.y, shared).run(row, place);
+  const bool even = held <= 0 && left >= tile;
+  Rows(f, min(left, tile), blockIdx.y, shared).run(even ? x : nullptr, q.x.row, row, place);
 }
 
 template <class Element, int BITS>
