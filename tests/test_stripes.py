@@ -162,6 +162,17 @@ def test_features_of_large_groups(backend, feature, group_size, dims, seed):
     check_forward(backend, make_problem(case, backend, seed))
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("feature", ["columns", "causal", "sink", "key-bias", "sinks", "positions"])
+def test_lists_of_many_units(feature, seed):
+    """Groups so large that a GPU packs their rows: of more cells than its ring has slots, and of fewer."""
+    backend = next(backend for backend in BACKENDS if backend.device == "cuda")
+    case = BASE.with_(head_dim=128, group_size=1024, block_size=(128, 128), dtype=torch.bfloat16, len_q=2060)
+    for shape in (dict(len_k=500), dict(heads_q=8, heads_kv=4, len_k=190, columns=0.8)):
+        check_forward(backend, make_problem(case.with_(**shape).with_(**FEATURES[feature]), backend, seed))
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_the_reference_sees_what_the_loops_see(feature, seed):
     problem = make_problem(BASE.with_(heads_q=4, batch=2, **FEATURES[feature]), None, seed)

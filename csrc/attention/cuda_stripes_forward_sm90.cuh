@@ -5,6 +5,8 @@
 // (cuda_stripes.h), 128 keys a step, with cp.async into the panels that TMA would write: two warps for K and two for V,
 // which do not wait for each other. 16 threads copy a row of 128 elements, the row numbers are read four at a time.
 // Units come from a counter, the longest first; Q comes by TMA. Warpgroups 1 and 2 do not know the difference.
+// Where a list has many units (groups of 1,024 rows and more), two warps pack its rows in memory instead, once for all
+// of them (cuda_stripes_packed_sm90.cuh), and the two others load both K and V by TMA.
 //
 // A buffer is full when its 64 threads have said so: each waits for its own copies and makes them visible to wgmma.
 // Where some key of a step may be hidden from some row, the warps of K write the bits of each row, and consumers take
@@ -16,19 +18,23 @@
 #include "attention/cuda_forward_sm90_consumer.cuh"
 #include "attention/cuda_forward_sm90_producer.cuh"
 #include "attention/cuda_stripes_forward_sm90.h"
+#include "attention/cuda_stripes_packed_sm90.cuh"
 #include "attention/cuda_stripes_tiles.cuh"
 #include "common/cuda/tma_sm90.cuh"
 
 namespace sparsekit::sm90 {
 
-/// Sizes of one kernel: those of blocks, with room for the producers' registers and the entries of tiles.
-template <class ElementType, int HEAD, int VALUE, int QUERY_STAGES, int KEY_STAGES, int VALUE_STAGES>
+/// Sizes of one kernel: those of blocks, with room for the producers' registers and the entries of tiles. PACKED: for
+/// lists of many units.
+template <class ElementType, int HEAD, int VALUE, int QUERY_STAGES, int KEY_STAGES, int VALUE_STAGES,
+          bool PACKED = false>
 struct StripesTile : ForwardTile<ElementType, HEAD, VALUE, 2, 128, QUERY_STAGES, KEY_STAGES, VALUE_STAGES> {
   using Blocks = ForwardTile<ElementType, HEAD, VALUE, 2, 128, QUERY_STAGES, KEY_STAGES, VALUE_STAGES>;
+  static constexpr bool kPacked = PACKED;
   static constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
   static constexpr int kEntriesAt = (Blocks::kEnd + 15) / 16 * 16;  // of both sides
   static constexpr int kNextAt = kEntriesAt + 2 * TileRing<128>::kBytes;
-  static constexpr int kSharedBytes = kNextAt + 8 + 1024;
+  static constexpr int kSharedBytes = kNextAt + 16 + 1024;  // two words of each side
   static_assert(kSharedBytes <= 227 * 1024, "shared memory of a CTA");
 };
 
@@ -36,7 +42,8 @@ constexpr int kSideThreads = 64;     // that copy K, and as many that copy V
 constexpr int kProducerBarrier = 5;  // named, of all producers; consumers use 1 to 4
 constexpr int kSideBarrier = 6;      // + side
 
-/// One side of the producers: SIDE 0 copies K, and what belongs to a step's keys; SIDE 1 copies V.
+/// One side of the producers: SIDE 0 copies K, and what belongs to a step's keys (and V where these are packed); SIDE 1
+/// copies V.
 template <class Tile, int SIDE>
 class StripesProducer {
  public:
@@ -54,9 +61,11 @@ class StripesProducer {
     for (int turn = 0; number < a_.units; turn ^= 4) {
       int taken = 0;
       if (SIDE == 0 && thread_ == 0) taken = fetch_and_increment(a_.plan.counter);
-      run_unit(stripe_unit(p_, a_.plan, number));
+      const int rank = number / (a_.plan.cut.parts_of_cell() * heads_of_cell(p_, a_.plan));
+      run_unit(stripe_unit(p_, a_.plan, number), rank);
+      if (Tile::kPacked && thread_ == 0) count(a_.packed.units + rank);
       if (SIDE == 0 && thread_ == 0) store_shared(shared_ + Tile::kNextAt + turn, int(gridDim.x) + taken);
-      named_barrier_sync(kProducerBarrier, 2 * kSideThreads);
+      named_barrier_sync(kProducerBarrier, (Tile::kPacked ? 1 : 2) * kSideThreads);
       number = *reinterpret_cast<volatile int*>(memory_ + Tile::kNextAt + turn);
     }
     if (SIDE == 1) return;
@@ -73,7 +82,7 @@ class StripesProducer {
   static constexpr int kFull = SIDE == 0 ? Tile::kKeyFull : Tile::kValueFull;
   static constexpr int kEmpty = SIDE == 0 ? Tile::kKeyEmpty : Tile::kValueEmpty;
 
-  __device__ __forceinline__ void run_unit(const StripeUnit& unit) {
+  __device__ __forceinline__ void run_unit(const StripeUnit& unit, int rank) {
     if (unit.rows.first >= unit.rows.end) return;
     auto* places = reinterpret_cast<int32_t*>(memory_ + Tile::kEntriesAt + SIDE * TileRing<128>::kBytes);
     const TileRing<128> tiles_of(a_.plan, unit.cell, places);
@@ -91,6 +100,7 @@ class StripesProducer {
     const char* head = static_cast<const char*>(view_.data) +
                        (unit.batch * view_.batch + unit.kv_head * view_.head) * int64_t(sizeof(uint16_t));
     int2 entries = entries_of(tiles_of, 0);
+    if (Tile::kPacked && thread_ == 0) wait_count(a_.packed.tiles + rank, tiles_of.count);
     for (int tile = 0; tile < tiles; ++tile, ++step_) {
       int32_t* place = tiles_of.place(step_);  // who still reads it has not come to the barrier of the step after it
       const bool of_block = tiles_of.of_block(tile);
@@ -99,15 +109,26 @@ class StripesProducer {
       if (tile + 1 < tiles) entries = entries_of(tiles_of, tile + 1);
 
       mbarrier_wait(shared_ + kEmpty + 8 * ring_.stage, ring_.parity ^ 1);
-      gather(shared_ + kAt + ring_.stage * kBytes, head, place, of_block);
-      copy_async_commit();
+      const uint32_t full = shared_ + kFull + 8 * ring_.stage;
+      if constexpr (Tile::kPacked) {
+        if (thread_ < kWarpSize) load_packed(rank % a_.packed.slots, tile, full);
+      } else {
+        gather(shared_ + kAt + ring_.stage * kBytes, head, place, of_block);
+        copy_async_commit();
+      }
       if (SIDE == 0) {
         describe(unit, sight, place, of_block, tile + 1 == tiles);
         if (tile == 0) load_query(unit);
       }
-      copy_async_wait<0>();
-      fence_async_proxy();
-      mbarrier_arrive(shared_ + kFull + 8 * ring_.stage);
+      if constexpr (!Tile::kPacked) {
+        copy_async_wait<0>();
+        fence_async_proxy();
+      }
+      mbarrier_arrive(full);
+      if (Tile::kPacked && tile + 1 == tiles && thread_ < kWarpSize) {  // the slot has been read once these are here
+        mbarrier_wait(full, ring_.parity);
+        mbarrier_wait(shared_ + Tile::kValueFull + 8 * last_value_.stage, last_value_.parity);
+      }
       ring_.advance();
     }
   }
@@ -147,6 +168,34 @@ class StripesProducer {
                       from + int64_t(row) * row_bytes, row < end);
       }
     }
+  }
+
+  /// A tile of a packed cell: its keys to the buffer at hand, and its values.
+  __device__ __forceinline__ void load_packed(int slot, int tile, uint32_t full) {
+    if (tile == 0) fence_async_global();
+    const uint32_t value_full = shared_ + Tile::kValueFull + 8 * values_.stage;
+    if (elect_lane()) {
+      mbarrier_expect(full, Tile::kKeyBytes);
+#pragma unroll
+      for (int panel = 0; panel < Tile::kHeadPanels; ++panel) {
+        tma_load(shared_ + Tile::kKeyAt + ring_.stage * Tile::kKeyBytes + panel * Tile::kKeyPanel, &a_.blocks.key,
+                 64 * panel, 128 * tile, slot, 0, full);
+      }
+    }
+    __syncwarp();
+    mbarrier_wait(shared_ + Tile::kValueEmpty + 8 * values_.stage, values_.parity ^ 1);
+    if (elect_lane()) {
+      mbarrier_expect(value_full, Tile::kValueBytes);
+#pragma unroll
+      for (int panel = 0; panel < Tile::kValuePanels; ++panel) {
+        tma_load(shared_ + Tile::kValueAt + values_.stage * Tile::kValueBytes + panel * Tile::kKeyPanel,
+                 &a_.blocks.value, 64 * panel, 128 * tile, slot, 0, value_full);
+      }
+      mbarrier_arrive(value_full);
+    }
+    __syncwarp();
+    last_value_ = values_;
+    values_.advance();
   }
 
   /// What a step's keys bring along: the bias, the bits of what is hidden, and the Step.
@@ -256,6 +305,7 @@ class StripesProducer {
   int step_ = 0, row_ = 0;  // row_: units with keys so far
   Ring<kStages> ring_;
   Ring<Tile::kQueryStages> query_;
+  Ring<Tile::kValueStages> values_, last_value_;  // where this side loads them too
 };
 
 template <class Tile>
@@ -275,7 +325,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
     };
     init(Tile::kQueryFull, Tile::kQueryEmpty, Tile::kQueryStages, 1);
     init(Tile::kKeyFull, Tile::kKeyEmpty, Tile::kKeyStages, kSideThreads);
-    init(Tile::kValueFull, Tile::kValueEmpty, Tile::kValueStages, kSideThreads);
+    init(Tile::kValueFull, Tile::kValueEmpty, Tile::kValueStages, Tile::kPacked ? 1 : kSideThreads);
     mbarrier_fence_init();
     prefetch_tensor_map(&arguments.blocks.query);
   }
@@ -286,6 +336,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
     char* base = memory + (shared - shared_address(memory));
     if (threadIdx.x < kSideThreads) {
       StripesProducer<Tile, 0>(arguments, shared, base).run();
+    } else if constexpr (Tile::kPacked) {
+      constexpr int kAt = Tile::kNextAt + 8;
+      StripesPacker<Tile>(arguments, shared + kAt, reinterpret_cast<int*>(base + kAt)).run();
     } else {
       StripesProducer<Tile, 1>(arguments, shared, base).run();
     }
@@ -297,7 +350,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtas)
 
 template <class Tile>
 constexpr StripesForwardKernel stripes_kernel_of() {
-  return {stripes_forward<Tile>, Tile::kHead, Tile::kValue, Tile::kThreads, Tile::kSharedBytes};
+  return {stripes_forward<Tile>, Tile::kHead, Tile::kValue, Tile::kThreads, Tile::kSharedBytes, Tile::kPacked};
 }
 
 template <class Element>
@@ -305,6 +358,7 @@ StripesForwardKernels stripes_forward_kernels_16bit() {
   static const StripesForwardKernel kernels[] = {
       stripes_kernel_of<StripesTile<Element, 64, 64, 2, 4, 4>>(),
       stripes_kernel_of<StripesTile<Element, 128, 128, 2, 2, 2>>(),
+      stripes_kernel_of<StripesTile<Element, 128, 128, 1, 2, 3, true>>(),
   };
   return {kernels, int(sizeof kernels / sizeof *kernels)};
 }
