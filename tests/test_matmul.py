@@ -201,16 +201,36 @@ def test_products_count_every_block_once(level, dtype, seed):
         assert torch.equal(block_sddmm(y.t(), x, weight.matrix), want)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_few_tokens(level, dtype, seed):
+    """One to four tokens have a kernel of their own. Small integers, as above: whole matrices and ragged ones, long rows,
+    every way x can lie."""
+    for block_size in (*BLOCKS, (8, 1), (20, 1), (2, 2), (3, 24), (40, 40)):
+        R, C = block_size
+        for shape in ((3 * R, 37 * C), (2 * R + seed % R, 700 + seed % 40), (R, 7000 if R < 10 else 900)):
+            weight = random_weight(shape, block_size, 0.4, dtype, integers=True, order="shuffled")
+            tokens = 1 + (seed + R + C + shape[0]) % 4
+            x = torch.randint(-2, 3, (tokens, shape[1])).to(dtype)
+            want = (x.double() @ weight.dense.t()).to(dtype)
+            apart = torch.full((tokens, 2 * shape[1] + 3), torch.nan, dtype=dtype)[:, 1 : shape[1] + 1]
+            apart.copy_(x)
+            for layout in (x, apart, x.t().contiguous().t()):
+                assert torch.equal(block_sparse_linear(layout, weight.matrix), want)
+                assert torch.equal(block_sparse_mm(weight.matrix, layout.t()), want.t())
+            bias = torch.randint(-2, 3, (shape[0],)).to(dtype)
+            got = block_sparse_linear(x, weight.matrix, bias, "relu")
+            assert torch.equal(got, (x.double() @ weight.dense.t() + bias.double()).relu().to(dtype))
+
+
 def test_long_rows_keep_fp32_accurate(level, seed):
     if level.name == "reference":
         pytest.skip("its sums are float64")
     for block_size in ((16, 16), (4, 1)):
         weight = random_weight((64, 9000), block_size, 0.9)
-        x = torch.randn(20, 9000) + 1
-        base = baselines(x, weight.dense)
-        assert_passes(
-            "linear", block_sparse_linear(x, weight.matrix), x.double() @ weight.dense.t(), base, torch.float32
-        )
+        for tokens in (20, 2):
+            x = torch.randn(tokens, 9000) + 1
+            got, want = block_sparse_linear(x, weight.matrix), x.double() @ weight.dense.t()
+            assert_passes(f"{tokens} tokens", got, want, baselines(x, weight.dense), torch.float32)
         y = torch.randn(9000, 64) + 1
         matrix = random_weight((64, 64), block_size, 0.9).matrix
         want, *bases = (blocks_of(full, matrix) for full in (y.double().t() @ y.double(), *baselines(y.t(), y.t())))
@@ -337,6 +357,7 @@ def test_threads_change_nothing(cpu_level, one_or_two_threads, seed):
             yield block_sparse_linear(x, weight.matrix)
             yield block_sparse_linear(y, weight.matrix, transposed=True)
             yield block_sddmm(y.t(), x, weight.matrix)
+            yield block_sparse_linear(x[:3], weight.matrix)
         yield block_sparse_linear(x, quantized.matrix)
 
     results = []
@@ -359,6 +380,10 @@ def test_nothing_reaches_what_is_not_listed(level, seed):
     rows = ~listed[:, 1].repeat_interleave(16)[:70]
     assert torch.equal(block_sparse_linear(spoiled, weight.matrix)[:, rows], clean[:, rows])
     assert block_sparse_linear(spoiled, weight.matrix)[:, ~rows].isnan().all()
+    few = slice(0, 4)
+    assert torch.equal(
+        block_sparse_linear(spoiled[few], weight.matrix)[:, rows], block_sparse_linear(x[few], weight.matrix)[:, rows]
+    )
     spoiled = x.clone()
     spoiled[3] = torch.nan
     others = torch.arange(20) != 3
