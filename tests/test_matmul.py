@@ -222,6 +222,37 @@ def test_few_tokens(level, dtype, seed):
             assert torch.equal(got, (x.double() @ weight.dense.t() + bias.double()).relu().to(dtype))
 
 
+def test_large_outputs(level, seed):
+    """Beyond the caches results are written another way. Exact, as above."""
+    for dtype, block_size in ((torch.float32, (64, 32)), (torch.bfloat16, (64, 64)), (torch.bfloat16, (8, 8))):
+        weight = random_weight((4096, 64), block_size, 0.5, dtype, integers=True)
+        x = torch.randint(-2, 3, (270 + seed % 16, 64)).to(dtype)
+        want = (x.double() @ weight.dense.t()).to(dtype)
+        assert torch.equal(block_sparse_linear(x, weight.matrix), want)
+        assert torch.equal(
+            block_sparse_linear(x, weight.matrix, torch.ones(4096, dtype=dtype), "relu"), (want + 1).relu()
+        )
+        y = torch.randint(-2, 3, (20, 4096)).to(dtype)
+        pattern = random_weight((1056, 1120), (32, 32), 1.0, dtype, integers=True).matrix
+        a, b = torch.randint(-2, 3, (1056, 20)).to(dtype), torch.randint(-2, 3, (20, 1120)).to(dtype)
+        assert torch.equal(block_sddmm(a, b, pattern), blocks_of((a.double() @ b.double()).to(dtype), pattern))
+        assert torch.equal(
+            block_sparse_linear(y, weight.matrix, transposed=True), (y.double() @ weight.dense).to(dtype)
+        )
+
+
+def test_int8_long_rows(cpu_level, seed):
+    """Columns in several chunks, in any order; tokens or features contiguous."""
+    for block_size in ((4, 1), (16, 1), (5, 1)):
+        for order in ("sorted", "shuffled"):
+            weight = random_weight((22, 9001), block_size, 0.3, torch.int8, order=order, index=torch.int64)
+            x = torch.randn(70, 9001)
+            want = rounded_tokens(x) @ weight.dense.t()
+            for layout in (x, x.t().contiguous().t()):
+                got = block_sparse_linear(layout, weight.matrix)
+                assert_passes(f"{block_size} {order}", got, want, [want.float()], torch.float32)
+
+
 def test_long_rows_keep_fp32_accurate(level, seed):
     if level.name == "reference":
         pytest.skip("its sums are float64")

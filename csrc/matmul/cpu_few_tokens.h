@@ -78,7 +78,8 @@ struct FewCall {
   int64_t block_bytes = 0, group = 0;
   int64_t items = 0, threads = 1;
   ItemRange* ranges = nullptr;
-  int out_of_memory = 0;
+  char* own = nullptr;  // sums of the first thread, [tokens][stride]; of the others `own_size` bytes on
+  int64_t own_size = 0, stride = 0;
 
   int64_t first_block(int64_t item) const { return item * p->pattern.row_blocks() / items; }
 };
@@ -250,16 +251,9 @@ template <class Kind, int tokens>
 static void few_worker(int64_t first, int64_t last, void* context) {
   FewCall& call = *static_cast<FewCall*>(context);
   const BlockSparseProduct& p = *call.p;
-  const int64_t R = p.pattern.block_rows, blocks = (p.pattern.row_blocks() + call.items - 1) / call.items;
-  const int64_t stride = round_up(blocks * R, Simd::lanes);
-  Scratch scratch;
-  scratch.reserve(tokens * stride * int64_t(sizeof(float)));
-  if (!scratch.allocate()) {
-    __atomic_store_n(&call.out_of_memory, 1, __ATOMIC_RELAXED);
-    return;
-  }
-  float* sums = reinterpret_cast<float*>(scratch.data);
+  const int64_t R = p.pattern.block_rows, stride = call.stride;
   for (int64_t i = first; i < last; ++i) {
+    float* sums = reinterpret_cast<float*>(call.own + i * call.own_size);
     for (int64_t n = 0; n < call.threads; ++n) {
       ItemRange& range = call.ranges[(i + n) % call.threads];
       for (;;) {
@@ -281,7 +275,6 @@ static void few_worker(int64_t first, int64_t last, void* context) {
       }
     }
   }
-  scratch.release();
 }
 
 /// x as few_columns reads it: [feature][token].
@@ -335,12 +328,17 @@ static Status run_few(const BlockSparseProduct& p, const ParallelFor& parallel) 
   call.group = larger(1, smaller(few_group_bytes / call.block_bytes, few_longest_chain / call.x_vectors));
   call.items = larger(1, smaller(w.row_blocks(), w.nnz * call.block_bytes / few_item_bytes));
   call.threads = smaller(larger(1, parallel.threads), call.items);
-  Scratch scratch;
+  call.stride = round_up((w.row_blocks() + call.items - 1) / call.items * R, Simd::lanes);
+  Scratch scratch, own;
+  own.reserve(tokens * call.stride * int64_t(sizeof(float)));
+  call.own_size = own.size;
+  const int64_t own_at = scratch.reserve(call.threads * own.size);
   const int64_t x_bytes =
       call.columns ? w.cols * tokens * 4 : w.col_blocks() * call.x_vectors * tokens * Simd::lanes * 4;
   const int64_t x_at = scratch.reserve(x_bytes), ranges_at = scratch.reserve(call.threads * int64_t(sizeof(ItemRange)));
   const int64_t slabs_at = scratch.reserve(w.col.wide ? w.nnz * 4 : 0);
   if (!scratch.allocate()) return error(Status::Kind::failed, "block-sparse product: out of memory");
+  call.own = scratch.data + own_at;
   call.x = scratch.data + x_at;
   call.ranges = reinterpret_cast<ItemRange*>(scratch.data + ranges_at);
   for (int64_t i = 0; i < call.threads; ++i)
@@ -354,7 +352,7 @@ static Status run_few(const BlockSparseProduct& p, const ParallelFor& parallel) 
   }
   parallel(0, call.threads, 1, few_worker<Kind, tokens>, &call);
   scratch.release();
-  return call.out_of_memory ? error(Status::Kind::failed, "block-sparse product: out of memory") : Status{};
+  return {};
 }
 
 template <class Kind>
