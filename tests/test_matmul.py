@@ -241,6 +241,21 @@ def test_large_outputs(level, seed):
         )
 
 
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+def test_low_blocks(level, dtype, seed):
+    """Blocks of few rows, seen from either side, go through ordered columns by chunks. Exact, as above."""
+    for block_size in ((1, 16), (2, 8), (2, 2), (4, 1), (8, 8), (8, 1), (3, 4)):
+        shape = (70 + seed % 8, 1100 + seed % 2 * 4)
+        weight = random_weight(shape, block_size, 0.4, dtype, integers=True)
+        x = torch.randint(-2, 3, (150, shape[1])).to(dtype)
+        want = (x.double() @ weight.dense.t()).to(dtype)
+        assert torch.equal(block_sparse_linear(x, weight.matrix), want)
+        weight = random_weight(shape[::-1], block_size[::-1], 0.4, dtype, integers=True)
+        assert torch.equal(
+            block_sparse_linear(x, weight.matrix, transposed=True), (x.double() @ weight.dense).to(dtype)
+        )
+
+
 def test_int8_long_rows(cpu_level, seed):
     """Columns in several chunks, in any order; tokens or features contiguous."""
     for block_size in ((4, 1), (16, 1), (5, 1)):

@@ -154,6 +154,16 @@ static void pack_panel(const PackSource& s, int64_t lane, int64_t lanes, int64_t
   }
 }
 
+/// Brings a part, `from` to `to` of `of`, of the rows that a panel will be packed from towards the processor.
+static void prefetch_source(const PackSource& s, int64_t lane, int64_t lanes, int64_t from, int64_t to, int64_t of) {
+  if (s.inner_stride != 1) return;
+  const int64_t element = s.dtype == DType::f32 ? 4 : 2, row = s.inner * element;
+  for (int64_t i = lane; i < smaller(lane + lanes, s.lanes); ++i) {
+    const char* data = static_cast<const char*>(s.data) + i * s.lane_stride * element;
+    for (int64_t at = row * from / of; at < row * to / of; at += 64) Simd::prefetch(data + at);
+  }
+}
+
 template <class Product>
 struct PackCall {
   PackSource source;
@@ -216,6 +226,12 @@ static void stage_pairs(const void* values, int64_t at, int64_t R, int64_t C, in
         interleave_bf16(Simd::load_int(even + c), Simd::load_int(even + C + c), &low, &high);
         Simd::store_int(to + r / 2 * C + c, low);
         Simd::store_int(to + r / 2 * C + c + Simd::lanes, high);
+      }
+      if (C == Simd::lanes && r + 1 < valid) {  // both rows in one vector
+        const Simd::Int order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                                 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        Simd::store_int(to + r / 2 * C, _mm512_permutexvar_epi16(order, Simd::load_int(even)));
+        continue;
       }
       for (; c < C; c += Simd::lanes) {
         const int count = r < valid ? clamp_count(C - c, Simd::lanes) : 0;

@@ -108,8 +108,9 @@ SPARSEKIT_INLINE void tile_step(const typename Product::Element*& weight, int64_
   slab += slab_stride;
 }
 
-/// One tile: rows `row` to `row + rows` of the blocks. Stores its sums to out[i][lane], or adds them to it.
-template <class Product, int rows, int registers, bool down>
+/// One tile, which fetches what comes next or has no instruction for it: rows `row` to `row + rows` of the blocks.
+/// Stores its sums to out[i][lane], or adds them to it.
+template <class Product, int rows, int registers, bool down, bool fetch>
 static __attribute__((noinline)) void multiply_tile(const Blocks<Product>& blocks, int64_t row, int64_t all_rows,
                                                     float* out, int64_t out_stride, bool add) {
   using Element = typename Product::Element;
@@ -121,14 +122,17 @@ static __attribute__((noinline)) void multiply_tile(const Blocks<Product>& block
   const int64_t stride = blocks.weight_stride, slab_stride = blocks.slab_stride, depth = blocks.depth;
   const Element* weights = blocks.weights + (down ? row : row * stride);
   const int64_t slab_bytes = depth * slab_stride * int64_t(sizeof(Element));
-  const int64_t part_from = row * slab_bytes / all_rows, part_to = (row + rows) * slab_bytes / all_rows;
-  const int64_t share = blocks.next_bytes * rows / all_rows, first_share = blocks.next_bytes * row / all_rows;
-  const int64_t fetch_step = share / larger(1, depth / fetch_steps<rows>);
+  int64_t part_from = 0, part_to = 0, first_share = 0, fetch_step = 0;
+  if (fetch) {  // divisions, which short visits do without
+    part_from = row * slab_bytes / all_rows, part_to = (row + rows) * slab_bytes / all_rows;
+    first_share = blocks.next_bytes * row / all_rows;
+    fetch_step = blocks.next_bytes * rows / all_rows / larger(1, depth / fetch_steps<rows>);
+  }
   for (int64_t n = 0; n < blocks.count; ++n) {
     const Element* weight = weights + (blocks.entries ? blocks.entries[n] : n) * blocks.block_size;
     const Element* slab = blocks.slabs + blocks.slab[n] * blocks.slab_size;
     const char* ahead = reinterpret_cast<const char*>(slab);
-    if (n + blocks.ahead < blocks.exist) {
+    if (fetch && n + blocks.ahead < blocks.exist) {
       const int64_t next = n + blocks.ahead;
       if (blocks.prefetch_slabs) {
         const char* part = reinterpret_cast<const char*>(blocks.slabs + blocks.slab[next] * blocks.slab_size);
@@ -139,7 +143,7 @@ static __attribute__((noinline)) void multiply_tile(const Blocks<Product>& block
                 first_share;
     }
     int64_t k = 0;
-    for (; k + fetch_steps<rows> <= depth; k += fetch_steps<rows>) {
+    for (; fetch && k + fetch_steps<rows> <= depth; k += fetch_steps<rows>) {
       Simd::prefetch(ahead);
       ahead += fetch_step;
       for (int u = 0; u < fetch_steps<rows>; ++u)
@@ -161,24 +165,29 @@ template <class Product, int registers, bool down>
 static void multiply_blocks(const Blocks<Product>& blocks, int64_t count, float* out, int64_t out_stride, bool add) {
   constexpr int most = tile_rows(registers);
   int64_t row = 0;
-  for (; row + most <= count; row += most)
-    multiply_tile<Product, most, registers, down>(blocks, row, count, out + row * out_stride, out_stride, add);
+  for (; row + most <= count; row += most) {
+    if (blocks.ahead < blocks.exist) {
+      multiply_tile<Product, most, registers, down, true>(blocks, row, count, out + row * out_stride, out_stride, add);
+    } else {
+      multiply_tile<Product, most, registers, down, false>(blocks, row, count, out + row * out_stride, out_stride, add);
+    }
+  }
   if (most > 8 && row + 8 <= count) {
     multiply_tile < Product,
-        most<8 ? most : 8, registers, down>(blocks, row, count, out + row * out_stride, out_stride, add);
+        most<8 ? most : 8, registers, down, false>(blocks, row, count, out + row * out_stride, out_stride, add);
     row += 8;
   }
   if (most > 4 && row + 4 <= count) {
     multiply_tile < Product,
-        most<4 ? most : 4, registers, down>(blocks, row, count, out + row * out_stride, out_stride, add);
+        most<4 ? most : 4, registers, down, false>(blocks, row, count, out + row * out_stride, out_stride, add);
     row += 4;
   }
   if (most > 2 && row + 2 <= count) {
-    multiply_tile<Product, 2, registers, down>(blocks, row, count, out + row * out_stride, out_stride, add);
+    multiply_tile<Product, 2, registers, down, false>(blocks, row, count, out + row * out_stride, out_stride, add);
     row += 2;
   }
   if (row < count)
-    multiply_tile<Product, 1, registers, down>(blocks, row, count, out + row * out_stride, out_stride, add);
+    multiply_tile<Product, 1, registers, down, false>(blocks, row, count, out + row * out_stride, out_stride, add);
 }
 
 /// The same with a number of registers that is known at run time: 1, 2, 3 (of 32 registers) and 4, 6, 8 for low blocks.
