@@ -206,11 +206,10 @@ def test_long_rows_keep_fp32_accurate(level, seed):
         pytest.skip("its sums are float64")
     for block_size in ((16, 16), (4, 1)):
         weight = random_weight((64, 9000), block_size, 0.9)
-        x = torch.randn(20, 9000) + 1
-        base = baselines(x, weight.dense)
-        assert_passes(
-            "linear", block_sparse_linear(x, weight.matrix), x.double() @ weight.dense.t(), base, torch.float32
-        )
+        for tokens in (20, 2):
+            x = torch.randn(tokens, 9000) + 1
+            got, want = block_sparse_linear(x, weight.matrix), x.double() @ weight.dense.t()
+            assert_passes(f"{tokens} tokens", got, want, baselines(x, weight.dense), torch.float32)
         y = torch.randn(9000, 64) + 1
         matrix = random_weight((64, 64), block_size, 0.9).matrix
         want, *bases = (blocks_of(full, matrix) for full in (y.double().t() @ y.double(), *baselines(y.t(), y.t())))
@@ -337,6 +336,7 @@ def test_threads_change_nothing(cpu_level, one_or_two_threads, seed):
             yield block_sparse_linear(x, weight.matrix)
             yield block_sparse_linear(y, weight.matrix, transposed=True)
             yield block_sddmm(y.t(), x, weight.matrix)
+            yield block_sparse_linear(x[:3], weight.matrix)
         yield block_sparse_linear(x, quantized.matrix)
 
     results = []
@@ -359,6 +359,10 @@ def test_nothing_reaches_what_is_not_listed(level, seed):
     rows = ~listed[:, 1].repeat_interleave(16)[:70]
     assert torch.equal(block_sparse_linear(spoiled, weight.matrix)[:, rows], clean[:, rows])
     assert block_sparse_linear(spoiled, weight.matrix)[:, ~rows].isnan().all()
+    few = slice(0, 4)
+    assert torch.equal(
+        block_sparse_linear(spoiled[few], weight.matrix)[:, rows], block_sparse_linear(x[few], weight.matrix)[:, rows]
+    )
     spoiled = x.clone()
     spoiled[3] = torch.nan
     others = torch.arange(20) != 3

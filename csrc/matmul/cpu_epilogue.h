@@ -7,6 +7,19 @@
 namespace sparsekit {
 namespace {
 
+// An output beyond the L2 of two cores is written past the caches, in whole lines: reading each line first to write it
+// took 0.2 of the 2.6 ms of a bf16 product of 512 tokens, and pushed weights and panels out of L2.
+constexpr int64_t stream_bytes = 2 << 20;
+
+#ifdef __AVX512F__
+SPARSEKIT_INLINE void stream_line(void* to, Simd::Int line) { _mm512_stream_si512(static_cast<__m512i*>(to), line); }
+/// Before others may read what was streamed.
+SPARSEKIT_INLINE void stream_fence() { _mm_sfence(); }
+#else
+SPARSEKIT_INLINE void stream_line(void* to, Simd::Int line) { Simd::store_int(to, line); }
+SPARSEKIT_INLINE void stream_fence() {}
+#endif
+
 /// e^-z^2 t P(t) with t = 1 / (1 + z / 2), z >= 0: the complementary error function with a relative error of 1.2e-7 and
 /// what rounding z^2 adds (Press et al., Numerical Recipes, section 6.2).
 SPARSEKIT_INLINE Simd::Float erfc_positive(Simd::Float z) {
@@ -57,10 +70,18 @@ SPARSEKIT_INLINE Simd::Float activate(Simd::Float x) {
 struct Epilogue {
   const BlockSparseProduct* p = nullptr;
   const float* token_scales = nullptr;  // [tokens rounded up to panels], where tokens were rounded to 8 bits
-  int64_t feature = 0, features = 0;    // of the output, from `feature` on; sums hold whole vectors of rows
+  int64_t feature = 0, features = 0;    // of the output, from `feature` on; sums hold whole pairs of vectors of rows
   int64_t token = 0, tokens = 0;
   float* sums = nullptr;
   int64_t width = 0;
+
+  /// Whether whole lines of the output are written past the caches.
+  bool streams() const {
+    const int64_t element = p->dtype == DType::f32 ? 4 : 2, all = p->transposed ? p->pattern.cols : p->pattern.rows;
+    return Simd::lanes == 16 && p->dtype != DType::f16 && p->output.feature == 1 && !p->factor.data &&
+           p->tokens * all * element >= stream_bytes && p->output.token * element % 64 == 0 &&
+           (reinterpret_cast<uintptr_t>(p->output.data) + uintptr_t(feature * element)) % 64 == 0;
+  }
 };
 
 template <Activation activation>
@@ -90,6 +111,43 @@ SPARSEKIT_INLINE void store_row(const BlockSparseProduct& p, int64_t token, int6
   store_float(p.output.data, token * p.output.token + feature * p.output.feature, p.dtype, x, count);
 }
 
+#ifdef SPARSEKIT_BF16_PRODUCT
+/// Rows of bf16: rounded to pairs of features first, so that half as much is transposed, and whole lines are stored.
+static void store_bf16_rows(const Epilogue& e) {
+  const BlockSparseProduct& p = *e.p;
+  const bool streams = e.streams();
+  for (int64_t j = 0; j < e.tokens; j += Simd::lanes) {
+    const int tokens = clamp_count(e.tokens - j, Simd::lanes);
+    uint16_t* to = static_cast<uint16_t*>(p.output.data) + (e.token + j) * p.output.token + e.feature;
+    for (int64_t i = 0; i < e.features; i += 2 * Simd::lanes) {
+      Simd::Int r[Simd::lanes];
+      for (int n = 0; n < Simd::lanes; ++n) {
+        const float* two = e.sums + (i + 2 * n) * e.width + j;
+        r[n] = round_bf16_pairs(Simd::load(two), Simd::load(two + e.width));
+      }
+      Simd::transpose(r);
+      const int features = clamp_count(e.features - i, 2 * Simd::lanes);
+      if (streams && features == 2 * Simd::lanes) {
+        for (int n = 0; n < tokens; ++n) stream_line(to + n * p.output.token + i, r[n]);
+      } else {
+        for (int n = 0; n < tokens; ++n) store_bf16_pairs(to + n * p.output.token + i, r[n], features);
+      }
+    }
+  }
+}
+#endif
+
+/// Brings the lines of the output that finish() will write into L2, while the sums are still being made.
+static void prefetch_output(const Epilogue& e) {
+  const BlockSparseProduct& p = *e.p;
+  if (p.output.feature != 1 || e.streams()) return;
+  const int64_t element = p.dtype == DType::f32 ? 4 : 2;
+  for (int64_t t = e.token; t < e.token + e.tokens; ++t) {
+    const char* row = static_cast<const char*>(p.output.data) + (t * p.output.token + e.feature) * element;
+    for (int64_t at = 0; at < e.features * element; at += 64) Simd::prefetch(row + at);
+  }
+}
+
 static void finish(const Epilogue& e) {
   const BlockSparseProduct& p = *e.p;
   if (e.token_scales || p.bias || p.activation != Activation::none) {
@@ -108,13 +166,22 @@ static void finish(const Epilogue& e) {
                   clamp_count(e.tokens - j, Simd::lanes));
     return;
   }
+#ifdef SPARSEKIT_BF16_PRODUCT
+  if (p.dtype == DType::bf16 && !p.factor.data) return store_bf16_rows(e);
+#endif
+  const bool streams = p.dtype == DType::f32 && e.streams();
   for (int64_t j = 0; j < e.tokens; j += Simd::lanes) {
     for (int64_t i = 0; i < e.features; i += Simd::lanes) {
       Simd::Int r[Simd::lanes];
       for (int n = 0; n < Simd::lanes; ++n) r[n] = Simd::load_int(e.sums + (i + n) * e.width + j);
       Simd::transpose(r);
       const int tokens = clamp_count(e.tokens - j, Simd::lanes), features = clamp_count(e.features - i, Simd::lanes);
-      for (int n = 0; n < tokens; ++n) store_row(p, e.token + j + n, e.feature + i, Simd::as_float(r[n]), features);
+      if (streams && features == Simd::lanes) {
+        float* to = static_cast<float*>(p.output.data) + (e.token + j) * p.output.token + e.feature + i;
+        for (int n = 0; n < tokens; ++n) stream_line(to + n * p.output.token, r[n]);
+      } else {
+        for (int n = 0; n < tokens; ++n) store_row(p, e.token + j + n, e.feature + i, Simd::as_float(r[n]), features);
+      }
     }
   }
 }

@@ -105,6 +105,9 @@ SPARSEKIT_INLINE __m128i token_bytes(Simd::Float rounded) {
 
 template <>
 struct Packer<Int8Product> {
+  SPARSEKIT_INLINE int64_t whole_lanes(const PackSource&, int64_t, int64_t, int64_t, Int8Product::Element*) {
+    return 0;
+  }
   SPARSEKIT_INLINE Simd::Int steps(const PackSource& s, int64_t lane, int64_t k) {
     __m128i part[4];
     for (int n = 0; n < 4; ++n) part[n] = token_bytes(load_source<true>(s, lane, k + 16 * n, s.inner - k - 16 * n));

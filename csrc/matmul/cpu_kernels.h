@@ -1,6 +1,7 @@
 // The block-sparse products of one instruction set: included by cpu_<isa>.cpp after its Simd.
 #pragma once
 
+#include "matmul/cpu_few_tokens.h"
 #include "matmul/cpu_int8_columns.h"
 #include "matmul/cpu_product.h"
 #include "matmul/cpu_sddmm.h"
@@ -17,6 +18,7 @@ const char* refuses(DType dtype, const BlockSparsePattern& pattern) {
 /// Chooses how operands meet: the rest of a product is the same.
 static Status product(const BlockSparseProduct& p, const ParallelFor& parallel) {
   if (p.tokens == 0 || (p.transposed ? p.pattern.cols : p.pattern.rows) == 0) return {};
+  if (p.tokens <= most_few_tokens && !p.transposed && !p.scales) return run_few(p, parallel);
 #ifdef SPARSEKIT_INT8_PRODUCT
   if (p.scales && !p.transposed && p.pattern.cols <= int8_longest) {
     if (p.pattern.block_cols % Int8Product::pair == 0) return run_product<Int8Product, false>(p, parallel);

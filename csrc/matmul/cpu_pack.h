@@ -74,7 +74,8 @@ SPARSEKIT_INLINE Simd::Float load_source(const PackSource& s, int64_t lane, int6
   return x;
 }
 
-/// What a Product packs: `steps` of one lane from inner index k on, and lanes of one step. `left` elements exist.
+/// What a Product packs: `steps` of one lane from inner index k on, and lanes of one step; whole_lanes, as many of
+/// `count` lanes of one step as it takes faster than that, says how many.
 template <class Product>
 struct Packer;
 
@@ -86,6 +87,7 @@ struct Packer<FloatProduct> {
   SPARSEKIT_INLINE Simd::Int lanes(const PackSource& s, int64_t lane, int64_t k) {
     return Simd::as_int(load_source<false>(s, lane, k, s.lanes - lane));
   }
+  SPARSEKIT_INLINE int64_t whole_lanes(const PackSource&, int64_t, int64_t, int64_t, float*) { return 0; }
 };
 
 #ifdef SPARSEKIT_BF16_PRODUCT
@@ -101,6 +103,17 @@ struct Packer<Bf16Product> {
     const int count = clamp_count(s.lanes - lane, Simd::lanes);
     return interleave_bf16(at(s, lane, k), at(s, lane, k + 1), count, k + 1 < s.inner);
   }
+  SPARSEKIT_INLINE int64_t whole_lanes(const PackSource& s, int64_t lane, int64_t k, int64_t count,
+                                       Bf16Product::Element* to) {
+    int64_t j = 0;
+    for (; j + 2 * Simd::lanes <= count && k + 1 < s.inner; j += 2 * Simd::lanes) {
+      Simd::Int low, high;
+      interleave_bf16(Simd::load_int(at(s, lane + j, k)), Simd::load_int(at(s, lane + j, k + 1)), &low, &high);
+      Simd::store_int(to + j, low);
+      Simd::store_int(to + j + Simd::lanes, high);
+    }
+    return j;
+  }
 };
 #endif
 
@@ -112,25 +125,42 @@ static void pack_panel(const PackSource& s, int64_t lane, int64_t lanes, int64_t
   const int64_t end = smaller(lane + lanes, s.lanes);
   PackSource part = s;
   part.lanes = end;
-  for (int64_t j = 0; j < width; j += Simd::lanes) {
-    if (s.inner_stride == 1) {
-      for (int64_t k = first; k < last; k += Simd::lanes) {
-        Simd::Int r[Simd::lanes];
-        for (int i = 0; i < Simd::lanes; ++i) {
-          const bool exists = lane + j + i < end && k * pair < s.inner;
-          r[i] = exists ? Packer<Product>::steps(part, lane + j + i, k * pair) : Simd::set_int(0);
-        }
-        Simd::transpose(r);
-        const int count = int(smaller(Simd::lanes, last - k));
-        for (int i = 0; i < count; ++i) Simd::store_int(to + (k + i) * width + j, r[i]);
-      }
-    } else {
-      for (int64_t k = first; k < last; ++k) {
+  if (s.inner_stride != 1) {  // row by row: neighbours are lanes
+    for (int64_t k = first; k < last; ++k) {
+      typename Product::Element* row = to + k * width;
+      int64_t j = Packer<Product>::whole_lanes(part, lane, k * pair, smaller(width, end - lane), row);
+      for (; j < width; j += Simd::lanes) {
         const bool exists = lane + j < end && k * pair < s.inner;
-        Simd::store_int(to + k * width + j,
-                        exists ? Packer<Product>::lanes(part, lane + j, k * pair) : Simd::set_int(0));
+        Simd::store_int(row + j, exists ? Packer<Product>::lanes(part, lane + j, k * pair) : Simd::set_int(0));
       }
     }
+    return;
+  }
+  const char* data = static_cast<const char*>(s.data);
+  const int64_t element = s.dtype == DType::f32 ? 4 : 2, ahead = 4 * Simd::lanes;  // rows are many streams for hardware
+  for (int64_t j = 0; j < width; j += Simd::lanes) {
+    for (int64_t k = first; k < last; k += Simd::lanes) {
+      Simd::Int r[Simd::lanes];
+      for (int i = 0; i < Simd::lanes; ++i) {
+        const bool exists = lane + j + i < end && k * pair < s.inner;
+        r[i] = exists ? Packer<Product>::steps(part, lane + j + i, k * pair) : Simd::set_int(0);
+        if (exists && k + ahead < last)
+          Simd::prefetch(data + ((lane + j + i) * s.lane_stride + (k + ahead) * pair) * element);
+      }
+      Simd::transpose(r);
+      const int count = int(smaller(Simd::lanes, last - k));
+      for (int i = 0; i < count; ++i) Simd::store_int(to + (k + i) * width + j, r[i]);
+    }
+  }
+}
+
+/// Brings a part, `from` to `to` of `of`, of the rows that a panel will be packed from towards the processor.
+static void prefetch_source(const PackSource& s, int64_t lane, int64_t lanes, int64_t from, int64_t to, int64_t of) {
+  if (s.inner_stride != 1) return;
+  const int64_t element = s.dtype == DType::f32 ? 4 : 2, row = s.inner * element;
+  for (int64_t i = lane; i < smaller(lane + lanes, s.lanes); ++i) {
+    const char* data = static_cast<const char*>(s.data) + i * s.lane_stride * element;
+    for (int64_t at = row * from / of; at < row * to / of; at += 64) Simd::prefetch(data + at);
   }
 }
 
@@ -190,7 +220,20 @@ static void stage_pairs(const void* values, int64_t at, int64_t R, int64_t C, in
     static_assert(Product::pair == 2, "only pairs are interleaved");
     for (int64_t r = 0; r < R; r += 2) {
       const uint16_t* even = reinterpret_cast<const uint16_t*>(from) + r * C;
-      for (int64_t c = 0; c < C; c += Simd::lanes) {
+      int64_t c = 0;
+      for (; c + 2 * Simd::lanes <= C && r + 1 < valid; c += 2 * Simd::lanes) {
+        Simd::Int low, high;
+        interleave_bf16(Simd::load_int(even + c), Simd::load_int(even + C + c), &low, &high);
+        Simd::store_int(to + r / 2 * C + c, low);
+        Simd::store_int(to + r / 2 * C + c + Simd::lanes, high);
+      }
+      if (C == Simd::lanes && r + 1 < valid) {  // both rows in one vector
+        const Simd::Int order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                                 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        Simd::store_int(to + r / 2 * C, _mm512_permutexvar_epi16(order, Simd::load_int(even)));
+        continue;
+      }
+      for (; c < C; c += Simd::lanes) {
         const int count = r < valid ? clamp_count(C - c, Simd::lanes) : 0;
         Simd::Int pairs = interleave_bf16(even + c, even + C + c, count, r + 1 < valid);
         Simd::store_partial(reinterpret_cast<float*>(to) + r / 2 * C + c, Simd::as_float(pairs),

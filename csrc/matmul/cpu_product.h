@@ -17,11 +17,12 @@
 
 #include "matmul/cpu_epilogue.h"
 #include "matmul/cpu_int8.h"
+#include "matmul/cpu_low_blocks.h"
 
 namespace sparsekit {
 namespace {
 
-constexpr int64_t group_steps = 128;  // of 48 lanes: 24 KB
+constexpr int64_t group_steps = 192;  // of 48 lanes: 36 KB, beside which the weights pass by in L1
 constexpr int64_t item_rows = 64, low_item_rows = 256;
 constexpr int64_t chunk_bytes = 32 << 10;       // of slabs that stay in L1
 constexpr int64_t most_slab_bytes = 512 << 10;  // of a panel that stays in L2 beside the weights that pass by
@@ -52,7 +53,8 @@ struct ProductCall {
   const int32_t* corrections = nullptr;  // [out_features rounded up to items], see cpu_int8.h
   ItemRange* ranges = nullptr;           // a contiguous share of the items for each of `threads`
   int64_t threads = 1;
-  int out_of_memory = 0;
+  char* own = nullptr;  // memory of the first thread; of the others `own_size` bytes on
+  int64_t own_size = 0, sums_at = 0, stage_at = 0, packed_at = 0, cursors_at = 0;
 };
 
 /// Block `entry` as elements; what lies beyond the matrix along the inner dimension as 0.
@@ -101,9 +103,9 @@ static void multiply_group(const ProductCall<Product>& call, Blocks<Product>& bl
     blocks.entries = call.entries ? call.entries + n : nullptr;
     blocks.weights =
         static_cast<const typename Product::Element*>(p.values) + (call.entries ? 0 : n * blocks.block_size);
-    blocks.next_weights = blocks.weights;
-    blocks.next_entries = blocks.entries;
   }
+  blocks.next_entries = call.entries ? call.entries + n : nullptr;
+  blocks.next_weights = static_cast<const char*>(p.values) + (call.entries ? 0 : n * blocks.next_bytes);
   multiply_blocks<Product, down>(blocks, registers, rows, out, call.width, n > call.offsets[block]);
 }
 
@@ -116,9 +118,27 @@ static void multiply_item(ProductCall<Product>& call, int64_t item, const typena
   const int registers = usable_registers((tokens + Simd::lanes - 1) / Simd::lanes);  // fewer in the last panel
   const int64_t first_block = item % call.items_per_panel * call.item_blocks;
   const int64_t last_block = smaller(first_block + call.item_blocks, call.out_blocks);
+  Epilogue e;
+  e.p = &p;
+  e.token_scales = call.token_scales;
+  e.feature = first_block * call.out_block;
+  e.features = smaller(last_block * call.out_block, call.out_features) - e.feature;
+  e.token = panel * call.width;
+  e.tokens = tokens;
+  e.sums = sums;
+  e.width = call.width;
+  prefetch_output(e);
+  if (!call.packing.to) {  // the panel that this thread packs next: reading it from memory took 5 % of a bf16 product
+    const int64_t part = item % call.items_per_panel;
+    prefetch_source(call.packing.source, (panel + 1) * call.width, call.width, part, part + 1, call.items_per_panel);
+  }
   Blocks<Product> blocks;
   blocks.block_size = int64_t(p.pattern.block_rows) * p.pattern.block_cols / Product::pair;
   blocks.weight_stride = down ? p.pattern.block_cols : p.pattern.block_cols / Product::pair;
+  blocks.next_bytes = int64_t(p.pattern.block_rows) * p.pattern.block_cols *
+                      (p.scales                ? 1
+                       : p.dtype == DType::f32 ? 4
+                                               : 2);
   blocks.slabs = packed;
   blocks.slab_size = call.depth * call.width;
   blocks.slab_stride = call.width;
@@ -130,7 +150,26 @@ static void multiply_item(ProductCall<Product>& call, int64_t item, const typena
       memset(sums + (block - first_block) * call.out_block * call.width, 0,
              size_t(call.out_block * call.width) * sizeof(float));
   }
+  // Rows of the last block may be beyond the matrix: their weights are numbers all the same, and stay where they are.
+  const bool low = call.chunked && !call.staged && has_low(call.out_block, registers);
+  LowChunk<Product> part;
+  if (low) {
+    part.p = &p, part.offsets = &call.offsets, part.slabs = call.slabs, part.entries = call.entries;
+    part.packed = packed, part.first = first_block, part.last = last_block, part.group = call.group;
+    part.depth = call.depth, part.width = call.width, part.weight_stride = blocks.weight_stride;
+    part.cursors = cursors, part.sums = sums;
+  }
   for (int64_t chunk_end = call.chunk;; chunk_end += call.chunk) {
+    if (low) {
+      const auto slab = [&](int64_t number) {
+        return reinterpret_cast<const char*>(packed + smaller(number, call.in_blocks) * blocks.slab_size);
+      };
+      part.chunk_end = chunk_end;
+      part.ahead = slab(chunk_end), part.ahead_end = slab(chunk_end + call.chunk);
+      multiply_low<Product, down>(part, call.out_block);
+      if (chunk_end >= call.in_blocks) break;
+      continue;
+    }
     for (int64_t block = first_block; block < last_block; ++block) {
       int64_t& n = cursors[block - first_block];
       const int64_t last = call.offsets[block + 1];
@@ -140,7 +179,8 @@ static void multiply_item(ProductCall<Product>& call, int64_t item, const typena
         if (call.chunked) {
           while (blocks.count < most && call.slabs[n + blocks.count] < chunk_end) ++blocks.count;
         } else {
-          blocks.count = most;
+          blocks.count =
+              (last - n) / ((last - n + call.group - 1) / call.group);  // groups of one size, as far as possible
         }
         multiply_group<Product, down>(call, blocks, block, n, registers,
                                       sums + (block - first_block) * call.out_block * call.width, stage);
@@ -149,15 +189,6 @@ static void multiply_item(ProductCall<Product>& call, int64_t item, const typena
     }
     if (!call.chunked || chunk_end >= call.in_blocks) break;
   }
-  Epilogue e;
-  e.p = &p;
-  e.token_scales = call.token_scales;
-  e.feature = first_block * call.out_block;
-  e.features = smaller(last_block * call.out_block, call.out_features) - e.feature;
-  e.token = panel * call.width;
-  e.tokens = tokens;
-  e.sums = sums;
-  e.width = call.width;
   Sums<Product>::to_float(sums, call.corrections ? call.corrections + e.feature : nullptr, e.features, call.width);
   finish(e);
 }
@@ -166,20 +197,11 @@ template <class Product, bool down>
 static void product_worker(int64_t first, int64_t last, void* context) {
   using Element = typename Product::Element;
   ProductCall<Product>& call = *static_cast<ProductCall<Product>*>(context);
-  Scratch scratch;
-  const int64_t rows = round_up(call.item_blocks * call.out_block, Simd::lanes), panel_size = call.steps * call.width;
-  const int64_t sums_at = scratch.reserve(rows * call.width * int64_t(sizeof(float)));
-  // Whole vectors are stored: the last may end behind the last block.
-  const int64_t stage_at = scratch.reserve(call.staged ? call.group * call.out_block * call.in_block * 4 + 64 : 0);
-  const int64_t packed_at = scratch.reserve(call.packing.to ? 0 : panel_size * 4);
-  const int64_t cursors_at = scratch.reserve(call.item_blocks * 8);
-  if (!scratch.allocate()) {
-    __atomic_store_n(&call.out_of_memory, 1, __ATOMIC_RELAXED);
-    return;
-  }
-  Element* own = reinterpret_cast<Element*>(scratch.data + packed_at);
-  int64_t own_panel = -1;
+  const int64_t panel_size = call.steps * call.width;
   for (int64_t i = first; i < last; ++i) {
+    char* memory = call.own + i * call.own_size;
+    Element* own = reinterpret_cast<Element*>(memory + call.packed_at);
+    int64_t own_panel = -1;
     for (int64_t n = 0; n < call.threads; ++n) {
       ItemRange& range = call.ranges[(i + n) % call.threads];
       for (;;) {
@@ -191,13 +213,13 @@ static void product_worker(int64_t first, int64_t last, void* context) {
           own_panel = panel;
         }
         multiply_item<Product, down>(call, item, call.packing.to ? call.packing.to + panel * panel_size : own,
-                                     reinterpret_cast<float*>(scratch.data + sums_at),
-                                     reinterpret_cast<int64_t*>(scratch.data + cursors_at),
-                                     reinterpret_cast<Element*>(scratch.data + stage_at));
+                                     reinterpret_cast<float*>(memory + call.sums_at),
+                                     reinterpret_cast<int64_t*>(memory + call.cursors_at),
+                                     reinterpret_cast<Element*>(memory + call.stage_at));
       }
     }
   }
-  scratch.release();
+  stream_fence();
 }
 
 /// int32 numbers of an index array: in place, or copied to `spare`.
@@ -241,12 +263,20 @@ static Status run_product(const BlockSparseProduct& p, const ParallelFor& parall
   call.items_per_panel = (call.out_blocks + call.item_blocks - 1) / call.item_blocks;
   call.items = call.panels * call.items_per_panel;
 
-  Scratch scratch;
+  Scratch scratch, own;
   const IndexArray& numbers = down ? p.transpose.row : w.col;
   const bool rounds = p.scales && !down;
   const int64_t tokens = call.panels * call.width;
   call.threads = smaller(larger(1, parallel.threads), call.items);
   const bool pack_once = call.panels < 2 * call.threads;
+  const int64_t sum_rows = round_up(call.item_blocks * call.out_block, 2 * Simd::lanes);
+  call.sums_at = own.reserve(sum_rows * call.width * int64_t(sizeof(float)));
+  // Whole vectors are stored: the last may end behind the last block.
+  call.stage_at = own.reserve(call.staged ? call.group * call.out_block * call.in_block * 4 + 64 : 0);
+  call.packed_at = own.reserve(pack_once ? 0 : call.steps * call.width * 4);
+  call.cursors_at = own.reserve(call.item_blocks * 8);
+  call.own_size = own.size;
+  const int64_t own_at = scratch.reserve(call.threads * own.size);
   const int64_t packed_at = scratch.reserve(pack_once ? tokens * call.steps * 4 : 0);
   const int64_t ranges_at = scratch.reserve(call.threads * int64_t(sizeof(ItemRange)));
   const int64_t slabs_at = scratch.reserve(numbers.wide ? w.nnz * 4 : 0);
@@ -255,6 +285,7 @@ static Status run_product(const BlockSparseProduct& p, const ParallelFor& parall
   const int64_t rounding_at = scratch.reserve(rounds ? tokens * 4 : 0);
   const int64_t corrections_at = scratch.reserve(Product::pair == 4 ? call.out_features * 4 : 0);
   if (!scratch.allocate()) return error(Status::Kind::failed, "block-sparse product: out of memory");
+  call.own = scratch.data + own_at;
   call.ranges = reinterpret_cast<ItemRange*>(scratch.data + ranges_at);
   for (int64_t i = 0; i < call.threads; ++i)
     call.ranges[i] = {i * call.items / call.threads, (i + 1) * call.items / call.threads};
@@ -289,7 +320,7 @@ static Status run_product(const BlockSparseProduct& p, const ParallelFor& parall
   if (pack_once) pack(&packing, parallel);
   parallel(0, call.threads, 1, product_worker<Product, down>, &call);
   scratch.release();
-  return call.out_of_memory ? error(Status::Kind::failed, "block-sparse product: out of memory") : Status{};
+  return {};
 }
 
 template <class Product>

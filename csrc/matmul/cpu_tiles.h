@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "common/cpu/scratch.h"
 #include "common/cpu/simd_math.h"
 #include "matmul/implementations.h"
 
@@ -23,8 +24,9 @@ SPARSEKIT_INLINE int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) /
 SPARSEKIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 SPARSEKIT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/// Scratch memory, carved from one allocation: first reserve() everything, then allocate(). What is reserved may be
-/// read up to 64 bytes beyond its end.
+/// Scratch memory, carved from one piece that the next call finds again: first reserve() everything, then allocate().
+/// What is reserved may be read up to 64 bytes beyond its end. What each thread wants is reserved in a Scratch of its
+/// own, as many times as there are threads.
 struct Scratch {
   char* data = nullptr;
   int64_t size = 0;
@@ -34,8 +36,8 @@ struct Scratch {
     size += round_up(bytes, 64);
     return at;
   }
-  bool allocate() { return posix_memalign(reinterpret_cast<void**>(&data), 64, size_t(size) + 64) == 0; }
-  void release() { free(data); }
+  bool allocate() { return (data = take_scratch(size + 64)) != nullptr; }
+  void release() { give_back_scratch(data); }
 };
 
 /// How the sums of a product are added, and made fp32 in the end: they are, unless a product says otherwise.
@@ -65,9 +67,10 @@ struct Blocks {
   int64_t count = 0;
   int64_t depth = 0;  // steps of a block
   // Brought into L2 meanwhile, a part by every tile: what block number n + ahead needs, while it exists.
-  int64_t ahead = 0, exist = 0;           // from the first of these blocks on
-  bool prefetch_slabs = false;            // they do not all fit L2
-  const Element* next_weights = nullptr;  // of block 0 (of entry 0, where entries are given)
+  int64_t ahead = 0, exist = 0;        // from the first of these blocks on
+  bool prefetch_slabs = false;         // they do not all fit L2
+  const char* next_weights = nullptr;  // of block 0 (of entry 0, where entries are given), as they are stored
+  int64_t next_bytes = 0;              // of one of them
   const int32_t* next_entries = nullptr;
 };
 
@@ -82,8 +85,32 @@ constexpr int tile_rows(int registers) {
                                                    : 2);
 }
 
-/// One tile: rows `row` to `row + rows` of the blocks. Stores its sums to out[i][lane], or adds them to it.
+/// A line of the weights that come next is fetched every so many steps: all at once, they took 5 % of the loads' time.
+template <int rows>
+constexpr int fetch_steps = rows >= 16 ? 1 : 16 / rows;
+
+/// One step of a tile.
 template <class Product, int rows, int registers, bool down>
+SPARSEKIT_INLINE void tile_step(const typename Product::Element*& weight, int64_t stride,
+                                const typename Product::Element*& slab, int64_t slab_stride,
+                                Simd::Float (&sum)[rows][registers]) {
+  typename Product::Operand x[registers];
+#pragma GCC unroll 8
+  for (int j = 0; j < registers; ++j) x[j] = Product::load(slab + j * Simd::lanes);
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+    typename Product::Operand w = Product::broadcast(weight + (down ? i : i * stride));
+    if (registers > 1) Simd::hold(w);
+#pragma GCC unroll 8
+    for (int j = 0; j < registers; ++j) sum[i][j] = Product::madd(w, x[j], sum[i][j]);
+  }
+  weight += down ? stride : 1;
+  slab += slab_stride;
+}
+
+/// One tile, which fetches what comes next or has no instruction for it: rows `row` to `row + rows` of the blocks.
+/// Stores its sums to out[i][lane], or adds them to it.
+template <class Product, int rows, int registers, bool down, bool fetch>
 static __attribute__((noinline)) void multiply_tile(const Blocks<Product>& blocks, int64_t row, int64_t all_rows,
                                                     float* out, int64_t out_stride, bool add) {
   using Element = typename Product::Element;
@@ -95,37 +122,34 @@ static __attribute__((noinline)) void multiply_tile(const Blocks<Product>& block
   const int64_t stride = blocks.weight_stride, slab_stride = blocks.slab_stride, depth = blocks.depth;
   const Element* weights = blocks.weights + (down ? row : row * stride);
   const int64_t slab_bytes = depth * slab_stride * int64_t(sizeof(Element));
-  const int64_t part_from = row * slab_bytes / all_rows, part_to = (row + rows) * slab_bytes / all_rows;
+  int64_t part_from = 0, part_to = 0, first_share = 0, fetch_step = 0;
+  if (fetch) {  // divisions, which short visits do without
+    part_from = row * slab_bytes / all_rows, part_to = (row + rows) * slab_bytes / all_rows;
+    first_share = blocks.next_bytes * row / all_rows;
+    fetch_step = blocks.next_bytes * rows / all_rows / larger(1, depth / fetch_steps<rows>);
+  }
   for (int64_t n = 0; n < blocks.count; ++n) {
-    if (n + blocks.ahead < blocks.exist) {
-      const int64_t next = n + blocks.ahead;
-      const char* part = reinterpret_cast<const char*>(blocks.slabs + blocks.slab[next] * blocks.slab_size);
-      if (blocks.prefetch_slabs)
-        for (int64_t at = part_from; at < part_to; at += 64) Simd::prefetch(part + at);
-      if (blocks.next_weights) {
-        const int64_t bytes = blocks.block_size * int64_t(sizeof(Element));
-        const int64_t number = blocks.next_entries ? blocks.next_entries[next] : next;
-        part = reinterpret_cast<const char*>(blocks.next_weights) + number * bytes;
-        for (int64_t at = row * bytes / all_rows; at < (row + rows) * bytes / all_rows; at += 64)
-          Simd::prefetch(part + at);
-      }
-    }
     const Element* weight = weights + (blocks.entries ? blocks.entries[n] : n) * blocks.block_size;
     const Element* slab = blocks.slabs + blocks.slab[n] * blocks.slab_size;
-    for (int64_t k = 0; k < depth; ++k) {
-      typename Product::Operand x[registers];
-#pragma GCC unroll 8
-      for (int j = 0; j < registers; ++j) x[j] = Product::load(slab + j * Simd::lanes);
-#pragma GCC unroll 16
-      for (int i = 0; i < rows; ++i) {
-        typename Product::Operand w = Product::broadcast(weight + (down ? i : i * stride));
-        if (registers > 1) Simd::hold(w);
-#pragma GCC unroll 8
-        for (int j = 0; j < registers; ++j) sum[i][j] = Product::madd(w, x[j], sum[i][j]);
+    const char* ahead = reinterpret_cast<const char*>(slab);
+    if (fetch && n + blocks.ahead < blocks.exist) {
+      const int64_t next = n + blocks.ahead;
+      if (blocks.prefetch_slabs) {
+        const char* part = reinterpret_cast<const char*>(blocks.slabs + blocks.slab[next] * blocks.slab_size);
+        for (int64_t at = part_from; at < part_to; at += 64) Simd::prefetch(part + at);
       }
-      weight += down ? stride : 1;
-      slab += slab_stride;
+      if (blocks.next_weights)
+        ahead = blocks.next_weights + (blocks.next_entries ? blocks.next_entries[next] : next) * blocks.next_bytes +
+                first_share;
     }
+    int64_t k = 0;
+    for (; fetch && k + fetch_steps<rows> <= depth; k += fetch_steps<rows>) {
+      Simd::prefetch(ahead);
+      ahead += fetch_step;
+      for (int u = 0; u < fetch_steps<rows>; ++u)
+        tile_step<Product, rows, registers, down>(weight, stride, slab, slab_stride, sum);
+    }
+    for (; k < depth; ++k) tile_step<Product, rows, registers, down>(weight, stride, slab, slab_stride, sum);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i)
@@ -141,24 +165,29 @@ template <class Product, int registers, bool down>
 static void multiply_blocks(const Blocks<Product>& blocks, int64_t count, float* out, int64_t out_stride, bool add) {
   constexpr int most = tile_rows(registers);
   int64_t row = 0;
-  for (; row + most <= count; row += most)
-    multiply_tile<Product, most, registers, down>(blocks, row, count, out + row * out_stride, out_stride, add);
+  for (; row + most <= count; row += most) {
+    if (blocks.ahead < blocks.exist) {
+      multiply_tile<Product, most, registers, down, true>(blocks, row, count, out + row * out_stride, out_stride, add);
+    } else {
+      multiply_tile<Product, most, registers, down, false>(blocks, row, count, out + row * out_stride, out_stride, add);
+    }
+  }
   if (most > 8 && row + 8 <= count) {
     multiply_tile < Product,
-        most<8 ? most : 8, registers, down>(blocks, row, count, out + row * out_stride, out_stride, add);
+        most<8 ? most : 8, registers, down, false>(blocks, row, count, out + row * out_stride, out_stride, add);
     row += 8;
   }
   if (most > 4 && row + 4 <= count) {
     multiply_tile < Product,
-        most<4 ? most : 4, registers, down>(blocks, row, count, out + row * out_stride, out_stride, add);
+        most<4 ? most : 4, registers, down, false>(blocks, row, count, out + row * out_stride, out_stride, add);
     row += 4;
   }
   if (most > 2 && row + 2 <= count) {
-    multiply_tile<Product, 2, registers, down>(blocks, row, count, out + row * out_stride, out_stride, add);
+    multiply_tile<Product, 2, registers, down, false>(blocks, row, count, out + row * out_stride, out_stride, add);
     row += 2;
   }
   if (row < count)
-    multiply_tile<Product, 1, registers, down>(blocks, row, count, out + row * out_stride, out_stride, add);
+    multiply_tile<Product, 1, registers, down, false>(blocks, row, count, out + row * out_stride, out_stride, add);
 }
 
 /// The same with a number of registers that is known at run time: 1, 2, 3 (of 32 registers) and 4, 6, 8 for low blocks.

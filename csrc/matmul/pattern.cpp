@@ -1,24 +1,25 @@
 // Patterns of block-sparse weights: checked, and transposed (seen from the columns). O(blocks).
 #include <initializer_list>
+#include <type_traits>
 
 #include "sparsekit/matmul.h"
 
 namespace sparsekit {
 namespace {
 
-/// The first of `count` numbers outside [0, limit), or -1. One branch-free pass finds that all are good.
+/// The first of `count` numbers outside [0, limit), or -1. One pass without branches finds that all are good: a number
+/// that is not makes itself or what is left to the limit negative.
 template <class Int>
 int64_t first_outside(const Int* numbers, int64_t count, int64_t limit) {
+  using Unsigned = std::make_unsigned_t<Int>;
   constexpr int64_t chunk = 4096;
+  constexpr int64_t largest = int64_t(Unsigned(-1) / 2);
+  const Unsigned most = Unsigned(limit - 1 < largest ? limit - 1 : largest);
   for (int64_t first = 0; first < count; first += chunk) {
     int64_t last = first + chunk < count ? first + chunk : count;
-    Int negative = 0;
-    Int most = 0;
-    for (int64_t i = first; i < last; ++i) {
-      negative |= numbers[i];
-      most = numbers[i] > most ? numbers[i] : most;
-    }
-    if (negative >= 0 && int64_t(most) < limit) continue;
+    Unsigned outside = 0;
+    for (int64_t i = first; i < last; ++i) outside |= Unsigned(numbers[i]) | (most - Unsigned(numbers[i]));
+    if (Int(outside) >= 0) continue;
     for (int64_t i = first; i < last; ++i)
       if (numbers[i] < 0 || int64_t(numbers[i]) >= limit) return i;
   }

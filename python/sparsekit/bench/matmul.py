@@ -3,10 +3,12 @@
 A case is a dtype, a block and a density, such as bf16-64x64-20 (per cent); the weight's blocks are random. Ratios are of
 effective FLOP/s (only stored weights count) to torch's dense product of the same dtype, taken inside each round. On a GPU
 every contender runs inside a CUDA graph where it can be captured, with an empty L2; of 16 tokens or fewer the time is that
-inside the graph, without its launch.
+inside the graph, without its launch. On a CPU, of 16 tokens or fewer, copies of the weights that no cache holds are used in
+turn, as the layers of a model are: weights come from memory, code from the caches.
 """
 
 import argparse
+import copy
 import dataclasses
 import fnmatch
 import json
@@ -56,6 +58,7 @@ CUDA_GROUPS = [
 ]
 DIRECTIONS = ("forward", "dx", "dvalues", "mlp", "training")
 _FEW_TOKENS = 16  # up to these, what counts is how fast the stored weights are read
+_ROTATED_BYTES = 256 << 20  # of copies of weights: eight times the last-level cache of the machines we know
 
 
 @dataclasses.dataclass
@@ -141,6 +144,16 @@ class Problem:
         matrix.transposed_pattern()
         return matrix
 
+    def copies(self, weight_bytes: int) -> list["Problem"]:
+        """Problems like this one with weights of their own, beyond any cache if one of them reads `weight_bytes`."""
+        problems = [self]
+        while len(problems) < max(2, -(-_ROTATED_BYTES // weight_bytes)):
+            other = copy.copy(self)
+            other.weights = [_copied(weight) for weight in self.weights]
+            other.matrix = other.weights[0]
+            problems.append(other)
+        return problems
+
     def ours(self) -> Contender:
         calls = {
             "forward": lambda: block_sparse_linear(self.x, self.matrix),
@@ -213,6 +226,11 @@ class Problem:
         return {c.name: float((c.call()[rows].double() - want).norm() / want.norm()) for c in contenders}
 
 
+def _copied(weight: BlockSparseMatrix) -> BlockSparseMatrix:
+    names = ("values", "crow_indices", "col_indices")
+    return dataclasses.replace(weight, **{name: getattr(weight, name).clone() for name in names})
+
+
 def _step(mlp: Callable, x: torch.Tensor, leaves: list[torch.Tensor]) -> Callable[[], tuple]:
     """Forward and backward."""
     x = x.clone().requires_grad_()
@@ -255,6 +273,24 @@ def inside_a_graph(call: Callable, stopwatch: Stopwatch, calls: int = 8, rounds:
     return [(stopwatch.once(both) - stopwatch.once(only)) / calls for _ in range(rounds)]
 
 
+def in_turns(problem: Problem, contenders: list[Contender], stopwatch: Stopwatch, rounds: int = 9) -> dict[str, list]:
+    """Seconds per call of every contender, round by round: all its copies, one after the other."""
+    calls: dict[str, list[Callable]] = {}
+    for contender in contenders:
+        weight_bytes = max(1, int(problem.stored_bytes * contender.density / problem.density))
+        copies = problem.copies(weight_bytes)
+        ours = contender.name == "sparsekit"
+        others = [[other.ours()] if ours else other.dense() + other.mkl() for other in copies[1:]]
+        calls[contender.name] = [contender.call]
+        calls[contender.name] += [c.call for found in others for c in found if c.name == contender.name]
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, turns in calls.items():
+            seconds = stopwatch.once(lambda turns=turns: [call() for call in turns]) / len(turns)
+            times[name] += [seconds] if i else []  # the first warms up
+    return times
+
+
 def measure(case: Case, options, stopwatch: Stopwatch) -> dict:
     problem = Problem(case, options)
     contenders = [problem.ours()]
@@ -262,7 +298,9 @@ def measure(case: Case, options, stopwatch: Stopwatch) -> dict:
     contenders += problem.mkl() if options.mkl else []
     on_cpu = options.device == "cpu"
     calls = {contender.name: contender.call for contender in contenders}
-    if on_cpu:
+    if on_cpu and options.tokens <= _FEW_TOKENS:
+        times = in_turns(problem, contenders, stopwatch)
+    elif on_cpu:
         times = stopwatch.rounds(calls)
     elif options.tokens <= _FEW_TOKENS:
         times = {name: inside_a_graph(call, stopwatch) for name, call in calls.items()}
