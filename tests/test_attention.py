@@ -92,6 +92,20 @@ def test_lengths(backend: Backend, lengths, causal, seed):
     check_forward(backend, make_problem(case, backend, seed))
 
 
+@pytest.mark.parametrize("block", [(128, 128), (128, 64), (64, 64)], ids=str)
+@pytest.mark.parametrize("feature", ["plain", "bits", "sinks", "everything"])
+def test_more_rows_of_lists_than_multiprocessors(backend: Backend, feature, block, seed):
+    """On a GPU some CTAs then take a second row, from a work list."""
+    rows = 3
+    if backend.device == "cuda":
+        rows += torch.cuda.get_device_properties(0).multi_processor_count * (128 // block[0])
+    case = BASE.with_(
+        heads_q=1, heads_kv=1, len_q=rows * block[0] - 9, len_k=9 * block[1] - 9, block_size=block, density=0.9,
+        dtype=torch.bfloat16, **FEATURES[feature],
+    )  # fmt: skip
+    check_forward(backend, make_problem(case, backend, seed))
+
+
 # ---- features
 
 
