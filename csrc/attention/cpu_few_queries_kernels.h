@@ -57,8 +57,9 @@ struct Keys {
   Group key[(share_keys + ahead) / together], value[(share_keys + ahead) / together];
 };
 
-/// Asks for rows 32 keys further on, line by line in the order in which they stand. In the order of the products (a line
-/// of each of four rows, then the next of each) the processor's own prefetchers see no stream: 0.82 to 0.95 of the rate.
+/// Asks for rows 32 keys further on, line by line in the order in which they stand. In the order of the products (a
+/// line of each of four rows, then the next of each) the processor's own prefetchers see no stream: 0.82 to 0.95 of the
+/// rate.
 struct Asker {
   const char* const* row;
   const char* const* end;
