@@ -13,7 +13,7 @@
 
 # GCC keeps integers in vector registers rather than on the stack where it runs out of others, 2,000 times in attention's
 # AVX-512 object alone: addresses of the next tile then wait behind the multiply-adds of this one (3 to 5 % of attention,
-# Zen 5). Not where tiles multiply: there it is loads that wait, behind those of tiles (10 to 15 % of attention).
+# Zen 5). Not where tiles multiply: there it is loads that wait, behind those of tiles (3 to 14 % of attention).
 include(CheckCXXCompilerFlag)
 check_cxx_compiler_flag(-mtune-ctrl=^inter_unit_moves_from_vec SPARSEKIT_HAS_TUNE_CTRL)
 
