@@ -7,7 +7,8 @@
 // in list slots, so that the cut depends on the problem and never on the number of threads; whoever finishes the last
 // share of an item merges all of them in order. Inside a share keys go in chunks of up to 128, gathered from as many
 // blocks as it takes. The scores of a run of chunks, up to the whole share, come before its first weighted sum: memory
-// and prefetchers deliver more in long runs along one stream than in turns between K and V.
+// and prefetchers deliver more in long runs along one stream than in turns between K and V, and only lines that are
+// asked for in the order in which they stand are a stream (see Asker).
 //
 // Bound: memory, up to about 8 rows of bf16 or fp32 on one core; beyond that multiply-adds. Split of keys:
 // FlashDecoding (Dao et al. 2023). What was measured: docs/attention-performance-cpu.md.
@@ -56,9 +57,13 @@ struct Units {
     const int64_t row = sequence.list_row < 0 ? 0 : list_row(p, b, h, sequence.list_row);
     slots = sequence.list_row < 0 ? 0 : list_count(p.lists.partial, row) + list_count(p.lists.full, row);
     parts = ceil_div(p.lists.block_k, segment_keys);
-    at_once = larger(1, share_keys / smaller(p.lists.block_k, segment_keys));
-    // Larger shares where there would be far more than threads: each leaves its outputs in memory.
-    per_share = at_once * larger(1, p.batch * p.heads_kv * p.len_k / (share_keys * most_shares));
+    // Smaller shares where there would be few, larger ones where there would be far more than threads: each leaves its
+    // outputs in memory.
+    const int64_t all_keys = p.batch * p.heads_kv * p.len_k;
+    int64_t keys = share_keys;
+    while (keys > 512 && all_keys < 64 * keys) keys /= 2;
+    at_once = larger(1, keys / smaller(p.lists.block_k, segment_keys));
+    per_share = at_once * larger(1, all_keys / (share_keys * most_shares));
   }
   int64_t count() const { return slots * parts; }
   int32_t shares() const { return int32_t(larger(1, ceil_div(count(), per_share))); }
@@ -195,23 +200,25 @@ class Worker {
       run.bits = masked && p_.lists.bits_index ? p_.lists.bits_index[place] : -1;
       const char* key = row_of<dtype>(p_.key, item_->batch, kv_head_, run.keys.key);
       const char* value = row_of<dtype>(p_.value, item_->batch, kv_head_, run.keys.key);
-      for (int n = 0; n < run.keys.count; ++n, ++keys_.count) {
-        keys_.key[keys_.count] = key + n * p_.key.row * size_of(dtype);
-        keys_.value[keys_.count] = value + n * p_.value.row * size_of(dtype);
+      for (int n = 0; n < run.keys.count; n += together, keys_.count += together) {
+        const int last = int(smaller(run.keys.count - n, together)) - 1, group = keys_.count / together;
+        keys_.key[group] = {key + n * key_stride(), last};
+        keys_.value[group] = {value + n * value_stride(), last};
       }
       ++keys_.run_count;
     }
-    // Scores are computed for 16 keys at a time: the last one again. Beyond, addresses are only asked for: what stands
-    // behind the share in memory is most often the next share.
-    const int padded = int(round_up(keys_.count, 16));
-    for (int n = keys_.count; n > 0 && n < keys_.count + ahead; ++n) {
-      keys_.key[n] = n < padded ? keys_.key[n - 1] : behind(keys_.key[n - 1], p_.key.row * size_of(dtype));
-      keys_.value[n] = n < padded ? keys_.value[n - 1] : behind(keys_.value[n - 1], p_.value.row * size_of(dtype));
+    // Beyond, addresses are only asked for: what stands behind the share in memory is most often the next share.
+    for (int n = keys_.count / together, end = n + ahead / together; n > 0 && n < end; ++n) {
+      keys_.key[n] = behind(keys_.key[n - 1], key_stride());
+      keys_.value[n] = behind(keys_.value[n - 1], value_stride());
     }
   }
-  static const char* behind(const char* row, int64_t bytes) {
-    return reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(row) + uintptr_t(bytes));
+  static Group behind(const Group& group, int64_t stride) {
+    return {reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(group.first) + uintptr_t(together * stride)),
+            together - 1};
   }
+  int64_t key_stride() const { return p_.key.row * size_of(dtype); }
+  int64_t value_stride() const { return p_.value.row * size_of(dtype); }
   bool hidden(const KeySegment& keys) const {
     if (!p_.has_mask()) return false;
     for (int t = 0; t < tile_count_; ++t) {
@@ -235,45 +242,43 @@ class Worker {
 
   /// Scores of chunk number `chunk` of the run, which begins with key `n` of the share.
   void multiply_keys(int t, int chunk, int n) {
-    few::multiply_keys<Product, dtype>(keys_.key + n, int(smaller(keys_.count - n, chunk_keys)), queries(t),
-                                       query_stride_, tiles_[t].rows, p_.head_dim, scores(t, chunk));
+    few::multiply_keys<Product, dtype>(keys_.key + n / together, key_stride(),
+                                       int(smaller(keys_.count - n, chunk_keys)), queries(t), query_stride_,
+                                       tiles_[t].rows, p_.head_dim, scores(t, chunk));
   }
 
   /// The weights of a chunk that begins with key `first` of the share, from its scores.
   void weigh(int t, int chunk, int first) {
     const int rows = tiles_[t].rows, count = int(smaller(keys_.count - first, chunk_keys));
-    const int padded = int(round_up(count, 16));
     if (transform_.needed) {
       for (int r = 0; r < rows; ++r) {
-        transform_scores(transform_, p_.key_bias ? bias_ + first : nullptr, padded,
-                         scores(t, chunk) + r * score_stride);
+        transform_scores(transform_, p_.key_bias ? bias_ + first : nullptr, count, scores(t, chunk) + r * score_stride);
       }
     }
     for (int i = 0; i < keys_.run_count; ++i) {
       const Keys::Run& run = keys_.runs[i];
-      const int begin = int(larger(run.first, first)), end = int(smaller(run.first + run.keys.count, first + count));
-      if (begin >= end) continue;
+      const int begin = int(larger(run.first, first)), end = int(smaller(run.end(), first + count));
+      const int padded = int(smaller(run.first + round_up(run.keys.count, together), first + count));
+      if (begin >= padded) continue;
       const Visible visible = mask_.set(p_, tiles_[t], run.keys, run.masked, run.bits);
-      for (int r = 0; r < rows && visible != Visible::all; ++r) {
+      for (int r = 0; r < rows && (visible != Visible::all || end < padded); ++r) {
         float* row = scores(t, chunk) + r * score_stride - first;
         if (visible == Visible::some) {
           mask_scores(mask_, r, run.keys, begin - run.first, end - run.first, row + begin);
-        } else {
-          for (int n = begin; n < end; ++n) row[n] = -__builtin_inff();
         }
+        for (int n = visible == Visible::none ? begin : end; n < padded; ++n) row[n] = -__builtin_inff();
       }
     }
     for (int r = 0; r < rows; ++r) {
-      float* row = scores(t, chunk) + r * score_stride;
-      for (int n = count; n < padded; ++n) row[n] = -__builtin_inff();
-      rescale_[t][r] = softmax_row<Product>(row, padded, unit_, &maximum_[t][r], &sum_[t][r]);
+      rescale_[t][r] =
+          softmax_row<Product>(scores(t, chunk) + r * score_stride, count, unit_, &maximum_[t][r], &sum_[t][r]);
     }
   }
 
   void multiply_values(int t, int chunk, int n, int at, int step) {
-    few::multiply_values<Product, dtype>(keys_.value + n, int(smaller(keys_.count - n, step)),
-                                         scores(t, chunk) + at / Product::pair, rescale_[t], tiles_[t].rows,
-                                         p_.value_dim, outputs(t), output_stride_);
+    few::multiply_values<Product, dtype>(keys_.value + n / together, value_stride(),
+                                         int(smaller(keys_.count - n, step)), scores(t, chunk) + at / Product::pair,
+                                         rescale_[t], tiles_[t].rows, p_.value_dim, outputs(t), output_stride_);
     for (int r = 0; r < tiles_[t].rows; ++r) rescale_[t][r] = 1;
   }
 

@@ -5,8 +5,8 @@
 // Work is cut by shape alone (so results do not depend on threads): an item is up to 256 queries of one head, taken in
 // tiles of up to 4 vectors. An item walks the union of its query blocks' lists in ascending order, a group of blocks at
 // a time: every tile that lists a block of the group uses it from L2, while the next group is prefetched. V is wanted
-// in panels, and K of 16-bit inputs without a product of their own in fp32: packed once for all where blocks are listed
-// often, else per group. Items are handed out longest first.
+// in panels, and K of 16-bit inputs without a product of their own in fp32: packed for all by whoever uses them first
+// where blocks are listed twice and more, else per group. Items are handed out longest first.
 //
 // Bound: multiply-adds (see cpu_forward_kernels.h). Online softmax: Milakov and Gimelshein 2018; tiling:
 // FlashAttention-2, section 3, transposed so that no reduction crosses lanes.
@@ -26,15 +26,7 @@ template <class Product, DType dtype>
 static void forward_worker(int64_t first, int64_t last, void* context) {
   ForwardCall& call = *static_cast<ForwardCall*>(context);
   typename ForwardLoops<Product>::Session session;
-  for (int64_t i = first; i < last; ++i) {
-    ForwardWorker<Product, dtype> worker(call);
-    if (!worker.ready()) {
-      __atomic_store_n(&call.out_of_memory, 1, __ATOMIC_RELAXED);
-      break;
-    }
-    worker.run();
-    worker.release();
-  }
+  for (int64_t i = first; i < last; ++i) ForwardWorker<Product, dtype>(call, i).run();
   session.release();
 }
 
@@ -49,64 +41,61 @@ static int shared_heads(const AttentionForward& p, const Sequence* sequences, in
   return int(heads);
 }
 
-/// Cuts a problem into items; returns how many, and writes them where `items` is not null.
+/// Cuts a problem into items; returns how many, and writes them where `items` is not null. By shape, so that results
+/// never change: fewer queries per item where there would be too few items to share out, and in the last eighth of the
+/// rows, so that no thread works alone for long.
 static int64_t cut_forward(const AttentionForward& p, const Sequence* sequences, int64_t sequence_count,
-                           ForwardItem* items) {
+                           int64_t usual_queries, ForwardItem* items) {
   const int heads = shared_heads(p, sequences, sequence_count);
-  int64_t block_q = p.lists.block_q, size = item_queries;
-  // Fewer queries per item where there would be too few items to share out: by shape, so that results never change.
-  while (size > 64 && p.batch * p.heads_q * p.len_q < 64 * size) size /= 2;
-  size /= heads;
-  size = block_q >= size ? block_q : size / block_q * block_q;
-  int64_t count = 0;
+  const int64_t block_q = p.lists.block_q, rows = p.batch * p.heads_q * p.len_q;
+  int64_t size = usual_queries;
+  while (size > 64 && rows < 64 * size) size /= 2;
+  int64_t count = 0, cut = 0;
   for (int64_t b = 0; b < p.batch; ++b)
     for (int64_t h = 0; h < p.heads_q; h += heads)
-      for (int64_t s = 0; s < sequence_count; ++s)
-        for (int64_t first = few_queries(sequences[s]) ? sequences[s].len_q() : 0; first < sequences[s].len_q();
-             first += size)
-          for (int64_t part = first; part < smaller(first + size, sequences[s].len_q()); part += item_queries / heads) {
-            int64_t end = smaller(smaller(part + item_queries / heads, first + size), sequences[s].len_q());
-            if (items) items[count] = {b, h, s, part, int32_t(end - part), heads};
-            ++count;
-          }
+      for (int64_t s = 0; s < sequence_count; ++s) {
+        const int64_t len_q = sequences[s].len_q();
+        for (int64_t first = few_queries(sequences[s]) ? len_q : 0, end; first < len_q; first = end) {
+          const int64_t queries = (8 * cut < 7 * rows ? size : smaller(size, 64)) / heads;
+          // Whole query blocks, or a part of one.
+          end = first + (queries < block_q ? queries : queries / block_q * block_q);
+          end = smaller(end, smaller(queries < block_q ? (first / block_q + 1) * block_q : len_q, len_q));
+          if (items) items[count] = {b, h, s, first, int32_t(end - first), heads};
+          ++count;
+          cut += (end - first) * heads;
+        }
+      }
   return count;
 }
 
-/// Packs all keys and values beforehand. Returns false where memory is short: then items pack what they use.
+/// Runs the items. Returns false where memory is short.
 template <class Product, DType dtype>
-static bool pack_all(ForwardCall* call, Arena* arena, const ParallelFor& parallel) {
+static bool run_items(ForwardCall* call, int64_t entries, const ParallelFor& parallel) {
   using Layout = KeyValueLayout<Product, dtype>;
   const AttentionForward& p = *call->p;
-  const int64_t rows = p.batch * p.heads_kv * call->packed_rows;
-  int64_t keys = Layout::keys_in_place(p) ? 0 : rows * Layout::key_bytes(p);
-  int64_t keys_at = arena->reserve(keys), values_at = arena->reserve(rows * Layout::value_bytes(p));
-  arena->data = take_scratch(arena->size);  // fresh pages would cost as much as packing does
-  if (!arena->data) return false;
-  call->packed_keys = keys ? arena->data + keys_at : nullptr;
-  call->packed_values = arena->data + values_at;
-  int64_t blocks = p.batch * p.heads_kv * call->k_blocks;
-  if (parallel.run && parallel.threads > 1) {
-    parallel.run(0, blocks, larger(1, 4096 / p.lists.block_k), pack_blocks<Product, dtype>, call);
-  } else {
-    pack_blocks<Product, dtype>(0, blocks, call);
+  const int64_t threads = smaller(larger(1, parallel.threads), call->item_count);
+  const int64_t heads = p.batch * p.heads_kv, rows = heads * call->packed_rows;
+  const int64_t segments = heads * call->k_blocks * ceil_div(p.lists.block_k, segment_keys);
+  // One block of memory for all, kept from call to call: the first touch of fresh pages costs as much as packing does.
+  Arena memory;
+  const int64_t workers_at = memory.reserve(threads * ForwardWorker<Product, dtype>(*call, 0).scratch_bytes());
+  // Packing costs about a fortieth of using a block for one tile: once for all pays where blocks are listed twice.
+  const bool pack_once = entries > 0 && entries >= 2 * heads * call->k_blocks;
+  const int64_t keys_at = memory.reserve(pack_once && !Layout::keys_in_place(p) ? rows * Layout::key_bytes(p) : 0);
+  const int64_t values_at = memory.reserve(pack_once ? rows * Layout::value_bytes(p) : 0);
+  const int64_t packing_at = memory.reserve(pack_once ? segments : 0);
+  memory.data = take_scratch(memory.size);
+  if (!memory.data) return false;
+  call->workers = memory.data + workers_at;
+  if (pack_once) {
+    call->packed_keys = memory.data + keys_at;
+    call->packed_values = memory.data + values_at;
+    call->packing = reinterpret_cast<uint8_t*>(memory.data + packing_at);
+    memset(call->packing, not_packed, size_t(segments));
   }
+  parallel(0, threads, 1, forward_worker<Product, dtype>, call);
+  give_back_scratch(memory.data);
   return true;
-}
-
-template <class Product, DType dtype>
-static void run_items(ForwardCall* call, int64_t entries, const ParallelFor& parallel) {
-  const AttentionForward& p = *call->p;
-  Arena packed;
-  // Packing costs about a fortieth of using a block for one tile: it pays where blocks are listed several times.
-  if (entries >= ForwardLoops<Product>::worth_packing * p.batch * p.heads_kv * call->k_blocks && entries > 0)
-    pack_all<Product, dtype>(call, &packed, parallel);
-  int64_t threads = smaller(larger(1, parallel.threads), call->item_count);
-  if (parallel.run && threads > 1) {
-    parallel.run(0, threads, 1, forward_worker<Product, dtype>, call);
-  } else {
-    forward_worker<Product, dtype>(0, 1, call);
-  }
-  give_back_scratch(packed.data);
 }
 
 static Status run_forward(const AttentionForward& p, const ParallelFor& parallel) {
@@ -139,7 +128,12 @@ static Status run_forward(const AttentionForward& p, const ParallelFor& parallel
   }
 
   Status few = run_few_queries(p, sequences, sequence_count, parallel);
-  int64_t count = cut_forward(p, sequences, sequence_count, nullptr);
+#ifdef SPARSEKIT_AMX_PRODUCT
+  constexpr int64_t queries = ForwardLoops<AmxProduct>::usual_queries;
+#else
+  constexpr int64_t queries = ForwardLoops<FloatProduct>::usual_queries;
+#endif
+  int64_t count = cut_forward(p, sequences, sequence_count, queries, nullptr);
   if (!few.ok() || count == 0) {
     arena.release();
     return few;
@@ -154,7 +148,7 @@ static Status run_forward(const AttentionForward& p, const ParallelFor& parallel
   }
   ForwardItem* items = reinterpret_cast<ForwardItem*>(plan.data + items_at);
   Ranked* order = reinterpret_cast<Ranked*>(plan.data + order_at);
-  cut_forward(p, sequences, sequence_count, items);
+  cut_forward(p, sequences, sequence_count, queries, items);
   ForwardCall call = {};
   call.p = &p;
   call.sequences = sequences;
@@ -179,23 +173,24 @@ static Status run_forward(const AttentionForward& p, const ParallelFor& parallel
   }
   sort(order, reinterpret_cast<Ranked*>(plan.data + spare_at), count);
 
+  bool done = false;
 #ifdef SPARSEKIT_AMX_PRODUCT  // takes bf16 only
-  run_items<AmxProduct, DType::bf16>(&call, all_entries, parallel);
+  done = run_items<AmxProduct, DType::bf16>(&call, all_entries, parallel);
 #else
   switch (p.dtype) {
-    case DType::f32: run_items<FloatProduct, DType::f32>(&call, all_entries, parallel); break;
-    case DType::f16: run_items<FloatProduct, DType::f16>(&call, all_entries, parallel); break;
+    case DType::f32: done = run_items<FloatProduct, DType::f32>(&call, all_entries, parallel); break;
+    case DType::f16: done = run_items<FloatProduct, DType::f16>(&call, all_entries, parallel); break;
 #ifdef SPARSEKIT_BF16_PRODUCT
-    case DType::bf16: run_items<Bf16Product, DType::bf16>(&call, all_entries, parallel); break;
+    case DType::bf16: done = run_items<Bf16Product, DType::bf16>(&call, all_entries, parallel); break;
 #else
-    case DType::bf16: run_items<FloatProduct, DType::bf16>(&call, all_entries, parallel); break;
+    case DType::bf16: done = run_items<FloatProduct, DType::bf16>(&call, all_entries, parallel); break;
 #endif
     case DType::f64: break;  // refused
   }
 #endif
   plan.release();
   arena.release();
-  return call.out_of_memory ? no_memory : Status{};
+  return done ? Status{} : no_memory;
 }
 
 }  // namespace

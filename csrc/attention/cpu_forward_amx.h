@@ -102,9 +102,10 @@ struct ForwardLoops<AmxProduct> {
   using Element = AmxProduct::Element;
   using Session = Tiles::Session;
   static constexpr int key_rows = 32;
-  static constexpr int worth_packing = 2;  // a quarter of using a block for one tile of 64 queries
-
-  static constexpr int score_floats = segment_keys * tile_lanes * 3 / 2;  // scores, and behind them pairs of weights
+  static constexpr int group_keys = 4 * segment_keys;
+  static constexpr int usual_queries = 128;
+  // Scores of one segment, and behind them pairs of weights of a group: see Outputs.
+  static constexpr int score_floats = segment_keys * tile_lanes + group_keys * tile_lanes / 2;
 
   static int64_t register_tiles(int registers, int64_t keys, int64_t steps, int64_t value_dim) {
     const int64_t columns = (registers + 1) / 2;
@@ -300,27 +301,61 @@ struct ForwardLoops<AmxProduct> {
     if constexpr (registers % 2 == 1) columns_from(column, Number<1>{});
   }
 
+  /// Weights wait until those of a whole group can be multiplied with values at once: loading and storing the sums
+  /// every 128 keys were a third of what tiles moved.
   template <int registers>
-  static void add_values(const LoadedSegment* const* segments, int count, float* scores, int keys, float unit,
-                         const Simd::Float*, float* maximum, float* sum, int value_dim, bool fresh, float* outputs,
-                         Prefetch* prefetch) {
-    constexpr int width = registers * 16;
-    Simd::Float rescale[registers];
-    Element* weights = reinterpret_cast<Element*>(scores + segment_keys * tile_lanes);
-    const bool moved = softmax<registers>(scores, keys, unit, weights, maximum, sum, rescale);
-    if (moved && !fresh) {
+  struct Outputs {
+    static constexpr int width = registers * 16;
+    float* sums;
+    int value_dim;
+    bool fresh;                         // there are none yet
+    int count = 0, begin = 0, end = 0;  // segments that wait, and their keys
+    const LoadedSegment* segments[group_keys / 16];
+
+    Outputs(float* sums, int value_dim, bool fresh) : sums(sums), value_dim(value_dim), fresh(fresh) {}
+
+    static Element* weights(float* scores) { return reinterpret_cast<Element*>(scores + segment_keys * tile_lanes); }
+
+    void finish(float* scores, Prefetch* prefetch) {
+      if (count == 0) return;
+      const Element* from = weights(scores) + begin / 2 * width;
+      int d = 0;
+      for (; d + 32 <= value_dim; d += 32)
+        multiply_value_rows<2, registers>(segments, count, d / 16, from, fresh, sums + d * width, prefetch);
+      if (d < value_dim)
+        multiply_value_rows<1, registers>(segments, count, d / 16, from, fresh, sums + d * width, prefetch);
+      fresh = false;
+      count = 0;
+      begin = end;
+    }
+    void rescale(const Simd::Float (&factors)[registers]) {
+      if (fresh) return;
       for (int d = 0; d < value_dim; ++d)
 #pragma GCC unroll 4
         for (int j = 0; j < registers; ++j) {
-          float* at = outputs + d * width + j * 16;
-          Simd::store(at, Simd::mul(Simd::load(at), rescale[j]));
+          float* at = sums + d * width + j * 16;
+          Simd::store(at, Simd::mul(Simd::load(at), factors[j]));
         }
     }
-    int d = 0;
-    for (; d + 32 <= value_dim; d += 32)
-      multiply_value_rows<2, registers>(segments, count, d / 16, weights, fresh, outputs + d * width, prefetch);
-    if (d < value_dim)
-      multiply_value_rows<1, registers>(segments, count, d / 16, weights, fresh, outputs + d * width, prefetch);
+  };
+
+  template <int registers>
+  SPARSEKIT_INLINE void add_values(const LoadedSegment* const* segments, int count, float* scores, int keys, float unit,
+                                   const Simd::Float (&)[registers], float* maximum, float* sum,
+                                   Outputs<registers>* outputs, Prefetch* prefetch) {
+    constexpr int width = registers * 16;
+    if (outputs->end + keys > group_keys) {
+      outputs->finish(scores, prefetch);
+      outputs->begin = outputs->end = 0;
+    }
+    Simd::Float rescale[registers];
+    Element* weights = outputs->weights(scores) + outputs->end / 2 * width;
+    if (softmax<registers>(scores, keys, unit, weights, maximum, sum, rescale)) {
+      outputs->finish(scores, prefetch);  // what waits is relative to the bases before
+      outputs->rescale(rescale);
+    }
+    for (int i = 0; i < count; ++i) outputs->segments[outputs->count++] = segments[i];
+    outputs->end += keys;
   }
 
  private:

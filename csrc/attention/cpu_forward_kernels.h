@@ -275,10 +275,20 @@ struct ForwardLoops {
   struct Session {  // what a thread holds while it calls them
     void release() {}
   };
-  static constexpr int key_rows = 16;      // segments are padded to a multiple of as many keys
-  static constexpr int worth_packing = 4;  // list entries per key block from which on packing them all beforehand pays
-
+  static constexpr int key_rows = 16;              // segments are padded to a multiple of as many keys
+  static constexpr int group_keys = segment_keys;  // that stay in L2 together, where blocks are as large
+  static constexpr int usual_queries = 256;        // of an item
   static constexpr int score_floats = segment_keys * tile_lanes;
+
+  /// What a tile of queries has summed.
+  template <int registers>
+  struct Outputs {
+    float* sums;
+    int value_dim;
+    bool fresh;  // there are none yet
+
+    void finish(float*, Prefetch*) {}
+  };
 
   /// Calls of Prefetch::step for one tile of queries, `keys` keys, `steps` elements of a query.
   static int64_t register_tiles(int registers, int64_t keys, int64_t, int64_t value_dim) {
@@ -294,11 +304,13 @@ struct ForwardLoops {
   /// Scores to weights, and what they weigh to outputs, maximum and sum of the tile.
   template <int registers>
   SPARSEKIT_INLINE void add_values(const LoadedSegment* const* segments, int count, float* scores, int keys, float unit,
-                                   const Simd::Float* most, float* maximum, float* sum, int value_dim, bool fresh,
-                                   float* outputs, Prefetch* prefetch) {
+                                   const Simd::Float (&most)[registers], float* maximum, float* sum,
+                                   Outputs<registers>* outputs, Prefetch* prefetch) {
     Simd::Float rescale[registers];
     softmax<Product, registers>(scores, keys, unit, most, maximum, sum, rescale);
-    multiply_values<Product, registers>(segments, count, scores, value_dim, rescale, fresh, outputs, prefetch);
+    multiply_values<Product, registers>(segments, count, scores, outputs->value_dim, rescale, outputs->fresh,
+                                        outputs->sums, prefetch);
+    outputs->fresh = false;
   }
 };
 

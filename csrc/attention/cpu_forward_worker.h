@@ -41,15 +41,18 @@ struct ForwardCall {
   int64_t item_count;
   int64_t most_entries;  // of one item
   int64_t next;          // the work counter: items handed out
-  int64_t out_of_memory;
-  // Keys and values of all heads packed beforehand, or null: [batch][heads_kv][packed_rows], where each sequence begins
-  // at packed_row[sequence], padded to multiples of 32 rows.
+  char* workers;         // scratch memory of each thread, ForwardWorker::scratch_bytes apart
+  // Keys and values of all heads, packed by whoever uses a segment first, or null: [batch][heads_kv][packed_rows],
+  // where each sequence begins at packed_row[sequence], padded to multiples of 32 rows.
   char* packed_keys;
   char* packed_values;
+  uint8_t* packing;  // of each segment: enum Packing; [batch][heads_kv][k_blocks][segments of a block]
   const int64_t* packed_row;
   int64_t packed_rows;
   int64_t k_blocks;  // of all sequences
 };
+
+enum Packing : uint8_t { not_packed, in_work, packed };
 
 /// An item and its list entries in the order in which they are walked.
 struct ForwardWork {
@@ -86,32 +89,6 @@ struct KeyValueLayout {
   }
 };
 
-/// Packs key blocks first ... last of all (batch, kv_head), counted through.
-template <class Product, DType dtype>
-static void pack_blocks(int64_t first, int64_t last, void* context) {
-  using Layout = KeyValueLayout<Product, dtype>;
-  const ForwardCall& call = *static_cast<const ForwardCall*>(context);
-  const AttentionForward& p = *call.p;
-  for (int64_t i = first, s = 0; i < last; ++i) {
-    int64_t head = i / call.k_blocks, b = head / p.heads_kv, kv_head = head % p.heads_kv, block = i % call.k_blocks;
-    if (block < call.sequences[s].k_block) s = 0;
-    while (block >= call.sequences[s].k_block + ceil_div(call.sequences[s].len_k(), p.lists.block_k)) ++s;
-    const Sequence& sequence = call.sequences[s];
-    for (int part = 0; part * segment_keys < p.lists.block_k; ++part) {
-      KeySegment keys = key_segment(p, sequence, b, block - sequence.k_block, part, ForwardLoops<Product>::key_rows);
-      if (keys.count <= 0) break;
-      int64_t row = head * call.packed_rows + call.packed_row[s] + keys.key - sequence.k_begin;
-      using Element = typename Product::Element;
-      if (call.packed_keys) {
-        Layout::pack_keys(p, b, kv_head, keys,
-                          reinterpret_cast<Element*>(call.packed_keys + row * Layout::key_bytes(p)));
-      }
-      Layout::pack_values(p, b, kv_head, keys,
-                          reinterpret_cast<Element*>(call.packed_values + row * Layout::value_bytes(p)));
-    }
-  }
-}
-
 /// One thread's work: its scratch memory, the item at hand, and the next one, which it takes when it begins with the
 /// last group of this one, so that its queries and first keys are on their way in time.
 template <class Product, DType dtype>
@@ -121,16 +98,18 @@ class ForwardWorker {
   using Layout = KeyValueLayout<Product, dtype>;
   using Loops = ForwardLoops<Product>;
 
-  explicit ForwardWorker(ForwardCall& call) : call_(call), p_(*call.p) {
+  /// Worker number `number` of the call.
+  ForwardWorker(ForwardCall& call, int64_t number) : call_(call), p_(*call.p) {
     const BlockLists& lists = p_.lists;
     steps_ = ceil_div(p_.head_dim, Product::pair);
+    parts_ = ceil_div(lists.block_k, segment_keys);
     value_dim_ = round_up(p_.value_dim, panel);
     element_size_ = size_of(dtype);
     keys_in_place_ = Layout::keys_in_place(p_);
     // Blocks smaller than a segment are gathered until tiles that list few of them have enough keys for a softmax.
     int64_t fitting =
         clamp(group_bytes / (steps_ * Product::pair + value_dim_) / (4 / Product::pair), segment_keys, group_limit);
-    group_keys_ = lists.block_k >= segment_keys ? segment_keys : fitting;
+    group_keys_ = lists.block_k >= segment_keys ? smaller(fitting, Loops::group_keys) : fitting;
     transform_.needed = p_.softcap > 0 || p_.key_bias || !(p_.scale > 0);
     transform_.scale = p_.scale;
     transform_.softcap = p_.softcap;
@@ -139,23 +118,21 @@ class ForwardWorker {
     queries_ = reserve<Element>(item_queries_padded() * steps_);
     outputs_ = reserve<float>(item_queries_padded() * value_dim_);
     scores_ = reserve<float>(Loops::score_floats);
-    values_ = reserve<Element>(call.packed_values ? 0 : group_keys_ / Product::pair * value_dim_);
-    keys_ = reserve<Element>(keys_in_place_ || call.packed_keys ? 0 : group_keys_ * steps_ + Simd::lanes);
+    values_ = reserve<Element>(group_keys_ / Product::pair * value_dim_);
+    keys_ = reserve<Element>(keys_in_place_ ? 0 : group_keys_ * steps_ + Simd::lanes);
     bias_ = reserve<float>(p_.key_bias ? group_keys_ : 0);
     maximum_ = reserve<float>(item_queries_padded());
     sum_ = reserve<float>(item_queries_padded());
     const int64_t entries = reserve<ForwardEntry>(2 * call.most_entries);
     const int64_t ranked = reserve<Ranked>(2 * call.most_entries);
     spare_ = reserve<Ranked>(call.most_entries);
-    ready_ = arena_.allocate();
-    if (!ready_) return;
+    arena_.data = call.workers + number * scratch_bytes();
     now_.entries = at<ForwardEntry>(entries);
     now_.ranked = at<Ranked>(ranked);
     next_.entries = now_.entries + call.most_entries;
     next_.ranked = now_.ranked + call.most_entries;
   }
-  void release() { arena_.release(); }
-  bool ready() const { return ready_; }
+  int64_t scratch_bytes() const { return arena_.size; }
 
   /// Works on items until none is left.
   void run() {
@@ -245,29 +222,29 @@ class ForwardWorker {
   /// Loads blocks from entry `first` on until the group is full and lets every tile use those it lists.
   int64_t run_group(int64_t first) {
     int64_t last = first;
-    const int parts = int(ceil_div(p_.lists.block_k, segment_keys));
-    for (int part = 0; part < parts; ++part) {
+    for (int part = 0; part < parts_; ++part) {
       last = first;
       group_size_ = 0;
-      for (int64_t used = 0; last < now_.count && used + p_.lists.block_k / parts <= group_keys_;) {
+      for (int64_t used = 0; last < now_.count && used + smaller(p_.lists.block_k, segment_keys) <= group_keys_;) {
         int32_t block = now_.entry(last).block;
-        load_segment(block, part, used);
-        used += p_.lists.block_k;
+        const int segment = load_segment(block, part, used);
+        used += smaller(p_.lists.block_k, segment_keys);
         for (; last < now_.count && now_.entry(last).block == block && last - first < group_entries; ++last) {
-          segment_of_[last - first] = group_size_ - 1;
+          segment_of_[last - first] = segment;
         }
         if (last - first == group_entries) break;  // blocks that are listed twice, a caller's error
       }
-      if (group_size_ == 0) break;  // the block's end lies past the sequence's
+      if (group_size_ == 0) break;  // the blocks' ends lie past the sequence's
       rank_by_row(first, last);
       prefetch_.clear();
-      if (part + 1 < parts) {
+      if (part + 1 < parts_) {
         announce(now_, first, part + 1);
       } else if (last < now_.count) {
         announce(now_, last, 0);
       } else {
         announce_next_item();
       }
+      if (first == 0 && part == 0) announce_outputs();
       prefetch_.spread(register_tiles());
       for (int t = 0; t < tile_count_; ++t) run_tile(t);
     }
@@ -277,31 +254,34 @@ class ForwardWorker {
   /// The group's entries by query block: what each tile walks.
   void rank_by_row(int64_t first, int64_t last) {
     memset(row_end_, 0, sizeof row_end_);
-    for (int64_t rank = first; rank < last; ++rank) ++row_end_[now_.entry(rank).row];
+    for (int64_t rank = first; rank < last; ++rank) row_end_[now_.entry(rank).row] += segment_of_[rank - first] >= 0;
     for (int row = 1; row < item_queries / 16; ++row) row_end_[row] += row_end_[row - 1];
+    const int all = row_end_[item_queries / 16 - 1];
     for (int64_t rank = last; rank-- > first;) {
       const ForwardEntry& e = now_.entry(rank);
-      by_row_[--row_end_[e.row]] = {e.bits, int16_t(segment_of_[rank - first]), e.masked};
+      const int segment = segment_of_[rank - first];
+      if (segment >= 0) by_row_[--row_end_[e.row]] = {e.bits, int16_t(segment), e.masked};
     }
     for (int row = 0; row + 1 < item_queries / 16; ++row) row_end_[row] = row_end_[row + 1];  // begins to ends
-    row_end_[item_queries / 16 - 1] = int(last - first);
+    row_end_[item_queries / 16 - 1] = all;
   }
 
-  /// Makes the keys and values of a segment ready, at place `used` (in keys) of the group if they are packed now.
-  void load_segment(int64_t block, int part, int64_t used) {
+  /// Makes the keys and values of a segment ready, at place `used` (in keys) of the group if they are packed for it
+  /// alone. Returns its number in the group; -1: it lies past the sequence's end.
+  int load_segment(int64_t block, int part, int64_t used) {
     LoadedSegment& s = group_[group_size_];
     s.keys = key_segment(p_, now_.sequence, now_.item.batch, block, part, Loops::key_rows);
-    if (s.keys.count <= 0) return;
-    ++group_size_;
-    s.key = key_row(now_, s.keys.key);
+    if (s.keys.count <= 0) return -1;
+    const bool for_all = call_.packing && pack_for_all(block, part, s.keys);
+    s.key = key_row(now_, s.keys.key, for_all);
     s.key_stride = key_stride();
-    if (!keys_in_place_ && !call_.packed_keys) {
+    if (!keys_in_place_ && !for_all) {
       Element* packed = at<Element>(keys_) + used * steps_;
       Layout::pack_keys(p_, now_.item.batch, now_.kv_head, s.keys, packed);
       s.key = reinterpret_cast<const char*>(packed);
     }
-    s.values = value_row(now_, s.keys.key);
-    if (!call_.packed_values) {
+    s.values = value_row(now_, s.keys.key, for_all);
+    if (!for_all) {
       Element* packed = at<Element>(values_) + used / Product::pair * value_dim_;
       Layout::pack_values(p_, now_.item.batch, now_.kv_head, s.keys, packed);
       s.values = packed;
@@ -314,16 +294,39 @@ class ForwardWorker {
       for (int n = 0; n < s.keys.count; ++n) bias[n] = scaled_bias(from[n]);
       s.bias = bias;
     }
+    return group_size_++;
   }
 
-  /// Where row `key` stands before this item packs anything, and the bytes from one to the next.
-  const char* key_row(const ForwardWork& work, int64_t key) const {
-    if (keys_in_place_ || !call_.packed_keys) return row_of<dtype>(p_.key, work.item.batch, work.kv_head, key);
+  /// Packs a segment for all items unless that was done. False while another thread is at it: nobody waits.
+  bool pack_for_all(int64_t block, int part, const KeySegment& keys) {
+    uint8_t* state = packing_of(now_, block, part);
+    uint8_t found = __atomic_load_n(state, __ATOMIC_ACQUIRE);
+    if (found == not_packed &&
+        __atomic_compare_exchange_n(state, &found, in_work, false, __ATOMIC_ACQUIRE, __ATOMIC_ACQUIRE)) {
+      if (!keys_in_place_) {
+        char* to = const_cast<char*>(key_row(now_, keys.key, true));
+        Layout::pack_keys(p_, now_.item.batch, now_.kv_head, keys, reinterpret_cast<Element*>(to));
+      }
+      char* to = const_cast<char*>(value_row(now_, keys.key, true));
+      Layout::pack_values(p_, now_.item.batch, now_.kv_head, keys, reinterpret_cast<Element*>(to));
+      __atomic_store_n(state, packed, __ATOMIC_RELEASE);
+      return true;
+    }
+    return found == packed;
+  }
+  uint8_t* packing_of(const ForwardWork& work, int64_t block, int part) const {
+    const int64_t head = work.item.batch * p_.heads_kv + work.kv_head;
+    return call_.packing + (head * call_.k_blocks + work.sequence.k_block + block) * parts_ + part;
+  }
+
+  /// Where row `key` stands, packed `for_all` or in its tensor, and the bytes from one to the next.
+  const char* key_row(const ForwardWork& work, int64_t key, bool for_all) const {
+    if (keys_in_place_ || !for_all) return row_of<dtype>(p_.key, work.item.batch, work.kv_head, key);
     return call_.packed_keys + packed_row(work, key) * steps_ * int64_t(sizeof(Element));
   }
   int64_t key_stride() const { return keys_in_place_ ? p_.key.row * element_size_ : steps_ * int64_t(sizeof(Element)); }
-  const char* value_row(const ForwardWork& work, int64_t key) const {
-    if (!call_.packed_values) return row_of<dtype>(p_.value, work.item.batch, work.kv_head, key);
+  const char* value_row(const ForwardWork& work, int64_t key, bool for_all) const {
+    if (!for_all) return row_of<dtype>(p_.value, work.item.batch, work.kv_head, key);
     return call_.packed_values + packed_row(work, key) / Product::pair * value_dim_ * int64_t(sizeof(Element));
   }
   int64_t packed_row(const ForwardWork& work, int64_t key) const {
@@ -333,13 +336,7 @@ class ForwardWorker {
 
   /// Announces part `part` of the blocks that are loaded from entry `rank` on to the kernels, which prefetch them.
   void announce(const ForwardWork& work, int64_t rank, int part) {
-    const bool raw_keys = keys_in_place_ || !call_.packed_keys, raw_values = !call_.packed_values;
-    const int64_t key_bytes = raw_keys ? p_.head_dim * element_size_ : key_stride();
-    const int64_t raw_key_stride = raw_keys ? p_.key.row * element_size_ : key_stride();
-    const int64_t value_bytes =
-        raw_values ? p_.value_dim * element_size_ : value_dim_ * int64_t(sizeof(Element)) / Product::pair;
-    const int64_t value_stride = raw_values ? p_.value.row * element_size_ : value_bytes;
-    int64_t most = larger(1, group_keys_ / p_.lists.block_k);
+    int64_t most = larger(1, group_keys_ / smaller(p_.lists.block_k, segment_keys));
     for (int32_t block = -1; rank < work.count && most > 0; ++rank) {
       if (work.entry(rank).block == block) continue;
       block = work.entry(rank).block;
@@ -347,10 +344,26 @@ class ForwardWorker {
       int64_t rows = smaller(smaller(p_.lists.block_k, segment_keys), work.sequence.len_k() - key);
       key += work.sequence.k_begin;
       if (rows > 0) {
-        prefetch_.add(key_row(work, key), raw_key_stride, key_bytes, rows);
-        prefetch_.add(value_row(work, key), value_stride, value_bytes, rows);
+        const bool for_all =
+            call_.packing && __atomic_load_n(packing_of(work, block, part), __ATOMIC_RELAXED) == packed;
+        const bool raw_keys = keys_in_place_ || !for_all;
+        const int64_t value_bytes = value_dim_ * int64_t(sizeof(Element)) / Product::pair;
+        prefetch_.add(key_row(work, key, for_all), raw_keys ? p_.key.row * element_size_ : key_stride(),
+                      raw_keys ? p_.head_dim * element_size_ : key_stride(), rows);
+        prefetch_.add(value_row(work, key, for_all), for_all ? value_bytes : p_.value.row * element_size_,
+                      for_all ? value_bytes : p_.value_dim * element_size_, rows);
       }
       --most;
+    }
+  }
+
+  /// The rows that store_tile will write: bringing their lines is most of what writing costs.
+  void announce_outputs() {
+    const ForwardItem& item = now_.item;
+    for (int64_t h = 0; h < item.heads; ++h) {
+      const int64_t at = p_.out.offset(item.batch, item.head + h, now_.sequence.q_begin + item.first);
+      prefetch_.add(static_cast<const char*>(p_.out.data) + at * element_size_, p_.out.row * element_size_,
+                    p_.value_dim * element_size_, item.count);
     }
   }
 
@@ -396,12 +409,11 @@ class ForwardWorker {
     float* scores = at<float>(scores_);
     int segments = 0, keys = 0;
     Simd::Float most[registers];
+    typename Loops::template Outputs<registers> outputs{at<float>(outputs_) + tile_lane_[t] * value_dim_,
+                                                        int(value_dim_), fresh_[t]};
     auto flush = [&] {
-      Loops::template add_values<registers>(chunk, segments, scores, keys, unit_, most,
-                                            at<float>(maximum_) + tile_lane_[t], at<float>(sum_) + tile_lane_[t],
-                                            int(value_dim_), fresh_[t],
-                                            at<float>(outputs_) + tile_lane_[t] * value_dim_, &prefetch_);
-      fresh_[t] = false;
+      Loops::add_values(chunk, segments, scores, keys, unit_, most, at<float>(maximum_) + tile_lane_[t],
+                        at<float>(sum_) + tile_lane_[t], &outputs, &prefetch_);
       segments = keys = 0;
     };
     for (int i = tile_row_[t] ? row_end_[tile_row_[t] - 1] : 0; i < row_end_[tile_row_[t]]; ++i) {
@@ -427,6 +439,8 @@ class ForwardWorker {
       keys += s.keys.padded;
     }
     if (segments > 0) flush();
+    outputs.finish(scores, &prefetch_);
+    fresh_[t] = outputs.fresh;
   }
 
   void store_tile(int t) {
@@ -437,8 +451,8 @@ class ForwardWorker {
   ForwardCall& call_;
   const AttentionForward& p_;
   Arena arena_;
-  bool ready_ = false, keys_in_place_ = false;
-  int64_t steps_, value_dim_, element_size_, group_keys_;
+  bool keys_in_place_ = false;
+  int64_t steps_, value_dim_, element_size_, group_keys_, parts_;
   ScoreTransform transform_;
   float unit_;
   int64_t queries_, outputs_, scores_, values_, keys_, bias_, maximum_, sum_, spare_;

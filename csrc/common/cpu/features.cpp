@@ -14,6 +14,7 @@ namespace {
 
 constexpr const char* names[isa_count] = {"reference", "portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
+#if defined(SPARSEKIT_X86) && !defined(SPARSEKIT_AMX_EMULATION)
 /// Whether threads of this process may use tile registers. Linux wants to be asked, once per process: their 8 KB would
 /// not fit the signal stacks of programs that do not know them. It says no where some signal stack is too small.
 bool tiles_granted() {
@@ -24,6 +25,7 @@ bool tiles_granted() {
   return false;
 #endif
 }
+#endif
 
 struct Features {
   bool offered[isa_count] = {true, true, false, false, false, false};

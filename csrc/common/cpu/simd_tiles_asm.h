@@ -22,6 +22,7 @@
 #define TILE_TAKEN "cc", "memory", "xmm13", "xmm14", "xmm15"
 #define TILE_BYTES(n) TILE_TEXT(n * 32)
 #endif
+#define TILE_LOOP ".p2align 6\n1:\n"
 #define TILE_TEXT(x) TILE_TEXT_OF(x)
 #define TILE_TEXT_OF(x) #x
 
@@ -79,18 +80,18 @@
 #define TILE_ENDS6 TILE_ENDS4, TILE_END(4), TILE_END(5)
 #define TILE_ENDS8 TILE_ENDS6, TILE_END(6), TILE_END(7)
 
-#define SPARSEKIT_TILE_ROWS(rows, width, sums)                                                                      \
-  template <>                                                                                                       \
-  template <>                                                                                                       \
-  __attribute__((always_inline)) inline void Tile<SPARSEKIT_TILE_PRODUCT>::multiply_rows<rows, width>(              \
-      const Element* const(&a)[rows], const Element* b, int64_t steps, Simd::Float(&sum)[rows][width]) {            \
-    constexpr int columns = width;                                                                                  \
-    int64_t k = -4 * steps;                                                                                         \
-    asm volatile(TILE_CLEAR##sums                                                                                   \
-                 "1:\n" TILE_##rows##x##width(TILE_AT_ROW) "add $" TILE_BYTES(width) ", %[b]\nadd $4, %[k]\njnz 1b" \
-                 : TILE_SUMS##sums, [b] "+r"(b), [k] "+r"(k)                                                        \
-                 : TILE_ENDS##rows                                                                                  \
-                 : TILE_TAKEN);                                                                                     \
+#define SPARSEKIT_TILE_ROWS(rows, width, sums)                                                           \
+  template <>                                                                                            \
+  template <>                                                                                            \
+  __attribute__((always_inline)) inline void Tile<SPARSEKIT_TILE_PRODUCT>::multiply_rows<rows, width>(   \
+      const Element* const(&a)[rows], const Element* b, int64_t steps, Simd::Float(&sum)[rows][width]) { \
+    constexpr int columns = width;                                                                       \
+    int64_t k = -4 * steps;                                                                              \
+    asm volatile(TILE_CLEAR##sums TILE_LOOP TILE_##rows##x##width(TILE_AT_ROW) "add $" TILE_BYTES(       \
+                     width) ", %[b]\nadd $4, %[k]\njnz 1b"                                               \
+                 : TILE_SUMS##sums, [b] "+r"(b), [k] "+r"(k)                                             \
+                 : TILE_ENDS##rows                                                                       \
+                 : TILE_TAKEN);                                                                          \
   }
 
 #define SPARSEKIT_TILE_PANEL(rows, width, sums)                                                                      \
@@ -103,7 +104,7 @@
     const void* a;                                                                                                   \
     asm volatile(                                                                                                    \
         TILE_CLEAR##sums                                                                                             \
-        "2:\nmov (%[runs]), %[a]\nmov 8(%[runs]), %[k]\nadd $16, %[runs]\n1:\n" TILE_##rows##x##width(               \
+        "2:\nmov (%[runs]), %[a]\nmov 8(%[runs]), %[k]\nadd $16, %[runs]\n" TILE_LOOP TILE_##rows##x##width(         \
             TILE_AT_PANEL) "add $64, %[a]\nadd $" TILE_BYTES(width) ", %[b]\ndec %[k]\njnz 1b\ndec %[count]\njnz 2b" \
         : TILE_SUMS##sums, [a] "=&r"(a), [k] "=&r"(k), [b] "+r"(b), [runs] "+r"(runs), [count] "+r"(count)           \
         :                                                                                                            \
@@ -149,7 +150,7 @@ __attribute__((always_inline)) inline void Tile<SPARSEKIT_TILE_PRODUCT>::multipl
   if (steps == 0) {
     clear_sums(sum);
   } else {
-    asm volatile(TILE_CLEAR16 "1:\n" TILE_8x1(TILE_AT_ROW) TILE_8x1_NEXT "add $128, %[b]\nadd $8, %[k]\njnz 1b"
+    asm volatile(TILE_CLEAR16 TILE_LOOP TILE_8x1(TILE_AT_ROW) TILE_8x1_NEXT "add $128, %[b]\nadd $8, %[k]\njnz 1b"
                  : TILE_SUMS16, [b] "+r"(b), [k] "+r"(k)
                  : TILE_ENDS8
                  : TILE_TAKEN);
