@@ -7,6 +7,7 @@ namespace {
 constexpr const CudaMatmul* table[] = {
     &matmul_cuda_few_tokens,
     &matmul_cuda_sm90,
+    &matmul_cuda_small_blocks,
     &matmul_cuda_sm80,
 };
 
