@@ -37,19 +37,28 @@ struct Step {
   __device__ __forceinline__ static int n_of(int group) { return SPLIT ? 0 : group * 256; }
 };
 
-template <class Element, bool TA, bool TB>
-__device__ __forceinline__ void wgmma_m64n256(float (&d)[kSums], uint64_t a, uint64_t b, bool accumulate) {
-#define SPARSEKIT_WGMMA_256(TYPE)                                                                                      \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE \
-               " {" SPARSEKIT_NAMES_OF_128 "}, %128, %129, p, 1, 1, %131, %132;\n}\n"                                  \
-               : SPARSEKIT_OPERANDS_OF_128                                                                             \
+#define SPARSEKIT_NAMES_OF_96 SPARSEKIT_NAMES_OF_64 ", " SPARSEKIT_NAMES_4 ", " SPARSEKIT_NAMES_5
+#define SPARSEKIT_OPERANDS_OF_96 SPARSEKIT_OPERANDS_OF_64, SPARSEKIT_D16(d, 64), SPARSEKIT_D16(d, 80)
+/// D [64 x 64 BOXES] in the first 32 BOXES sums of each thread.
+template <class Element, bool TA, bool TB, int BOXES>
+__device__ __forceinline__ void wgmma_m64(float (&d)[kSums], uint64_t a, uint64_t b, bool accumulate) {
+#define SPARSEKIT_WGMMA(N, COUNT, A, B, P, TAKES_A, TAKES_B, TYPE)                                                     \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE     \
+               "." TYPE " {" SPARSEKIT_NAMES_OF_##COUNT "}, %" A ", %" B ", p, 1, 1, %" TAKES_A ", %" TAKES_B ";\n}\n" \
+               : SPARSEKIT_OPERANDS_OF_##COUNT                                                                         \
                : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(TA)), "n"(int(TB)))
+#define SPARSEKIT_WGMMA_OF(TYPE)                                                                \
+  if constexpr (BOXES == 1) SPARSEKIT_WGMMA("64", 32, "32", "33", "34", "35", "36", TYPE);      \
+  if constexpr (BOXES == 2) SPARSEKIT_WGMMA("128", 64, "64", "65", "66", "67", "68", TYPE);     \
+  if constexpr (BOXES == 3) SPARSEKIT_WGMMA("192", 96, "96", "97", "98", "99", "100", TYPE);    \
+  if constexpr (BOXES == 4) SPARSEKIT_WGMMA("256", 128, "128", "129", "130", "131", "132", TYPE)
   if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    SPARSEKIT_WGMMA_256("bf16");
+    SPARSEKIT_WGMMA_OF("bf16");
   } else {
-    SPARSEKIT_WGMMA_256("f16");
+    SPARSEKIT_WGMMA_OF("f16");
   }
-#undef SPARSEKIT_WGMMA_256
+#undef SPARSEKIT_WGMMA_OF
+#undef SPARSEKIT_WGMMA
 }
 
 /// Addresses in shared memory of a kernel's ring: stages, then whatever the kernel adds, then the barriers.
@@ -74,23 +83,30 @@ struct Pipeline {
   }
 };
 
-/// d = the product of the next `steps` (one or more) steps of the ring, all of whose stages it releases.
-template <class Element, bool TA, bool TB, bool SPLIT>
-__device__ __forceinline__ void multiply(float (&d)[kSums], Pipeline<SPLIT>& pipeline, int64_t steps, int group) {
+struct Nothing {
+  __device__ __forceinline__ void operator()() const {}
+};
+
+/// d = the product of the next `steps` (one or more) steps of the ring, all of whose stages it releases. `meanwhile` is
+/// called once for each step, while its products run. Of B, BOXES times 64 columns from byte `b_of` of a stage on.
+template <class Element, bool TA, bool TB, bool SPLIT, int BOXES = 4, class Meanwhile = Nothing>
+__device__ __forceinline__ void multiply(float (&d)[kSums], Pipeline<SPLIT>& pipeline, int32_t steps, int group,
+                                         int b_of, Meanwhile meanwhile = {}) {
   constexpr uint32_t kStepA = (TA ? 2048 : 32) / 16, kStepB = (TB ? 2048 : 32) / 16;  // of 16 numbers
   const bool leader = threadIdx.x % 32 == 0;
   uint32_t before = 0;  // the barrier to arrive at when the products of the step before have ended
 #pragma unroll 1
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int32_t step = 0; step < steps; ++step) {
     mbarrier_wait(pipeline.full(), pipeline.ring.parity);
     const uint32_t a = descriptor_low(pipeline.stage() + Step<SPLIT>::a_of(group), 16);
-    const uint32_t b = descriptor_low(pipeline.stage() + Step<SPLIT>::b_of(group), TB ? 64 * 128 : 16);
+    const uint32_t b = descriptor_low(pipeline.stage() + uint32_t(b_of), TB ? 64 * 128 : 16);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      wgmma_m64n256<Element, TA, TB>(d, descriptor(a + k * kStepA), descriptor(b + k * kStepB), step > 0 || k > 0);
+      wgmma_m64<Element, TA, TB, BOXES>(d, descriptor(a + k * kStepA), descriptor(b + k * kStepB), step > 0 || k > 0);
     }
     wgmma_commit();
+    meanwhile();
     wgmma_wait<1>();
     if (step > 0 && leader) mbarrier_arrive(before);
     before = pipeline.empty();

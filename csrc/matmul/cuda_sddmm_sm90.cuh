@@ -1,8 +1,9 @@
 // values[p] = the block p of a b, of blocks of multiples of 64, with wgmma and TMA (Hopper): the gradient of a weight.
 //
-// D is 128 rows of a block row x 256 columns of its blocks one after the other (two of 128, four of 64), or, of blocks
-// of 64 rows, 64 x 512 (see cuda_mainloop_sm90.cuh). Boxes of 64 columns come from the blocks' columns of b, one lane
-// each. As on Ampere, CTAs find their row by bisection of crow.
+// D is 128 rows of a block row x up to 256 columns of its blocks one after the other (two of 128, four of 64), or, of
+// blocks of 64 rows, 64 x 512 (see cuda_mainloop_sm90.cuh). Boxes of 64 columns come from the blocks' columns of b, one
+// lane each. As on Ampere, CTAs find their row by bisection of crow; those of a row share its boxes evenly, since a
+// last tile that is nearly empty takes as long as a full one (a fifth of the time at 13 blocks of 64).
 //
 // Bound: as the product's; values are written once, in pairs of 4 bytes, after a loop over all tokens.
 #pragma once
@@ -49,11 +50,13 @@ __global__ void __launch_bounds__(kThreads90, 1) sddmm_kernel_90(const __grid_co
   __syncthreads();
   const int64_t row = *found_row;
   const Extent list = list_extent(pattern.crow, row, pattern.nnz);
-  const int64_t first = (int64_t(blockIdx.x) - first_tile(list.begin, row, C, kN)) * kN;
-  const int64_t end = (list.end - list.begin) * C;  // columns of the row's blocks
-  if (first < 0 || first >= end) return;
+  const int64_t tile = int64_t(blockIdx.x) - first_tile(list.begin, row, C, kN);
+  const int64_t all_boxes = (list.end - list.begin) * (C / 64), tiles = (all_boxes + kBoxes - 1) / kBoxes;
+  if (tile < 0 || tile >= tiles) return;
+  const int64_t first = tile * all_boxes / tiles * 64, end = (tile + 1) * all_boxes / tiles * 64;  // of its columns
+  const int boxes = int(end - first) / 64;
   const int part = int(blockIdx.y) * kM;  // rows of the block before these
-  const int64_t steps = (call.inner + 63) / 64;
+  const int32_t steps = int32_t((call.inner + 63) / 64);
   const int group = int(threadIdx.x) / kGroupThreads;
 
   if (group == 2) {
@@ -61,25 +64,25 @@ __global__ void __launch_bounds__(kThreads90, 1) sddmm_kernel_90(const __grid_co
     if (threadIdx.x >= 2 * kGroupThreads + 32) return;
     const int lane = int(threadIdx.x) % 32;
     int32_t column = kNowhere;  // of the box that this lane loads
-    if (lane < kBoxes && first + 64 * lane < end) {
+    if (lane < boxes) {
       const int64_t at = first + 64 * lane, block = index_at(pattern.col, list.begin + at / C);
       if (block >= 0 && block < (pattern.cols + C - 1) / C) column = int32_t(block * C + at % C);
     }
     const int32_t a_row = int32_t(row * R + part);
-    for (int64_t step = 0; step < steps; ++step) {
+    for (int32_t step = 0; step < steps; ++step) {
       mbarrier_wait(pipeline.empty(), pipeline.ring.parity ^ 1);
       const uint32_t a = pipeline.stage(), b = a + Step<SPLIT>::kBytesA, full = pipeline.full();
-      const int32_t inner = int32_t(step * 64);
-      if (lane == 0) mbarrier_expect(full, Step<SPLIT>::kBytes);
+      const int32_t inner = step * 64;
+      if (lane == 0) mbarrier_expect(full, Step<SPLIT>::kBytesA + boxes * 8192);
       __syncwarp();
-      if (lane < kBoxes) {
+      if (lane < boxes) {
         if constexpr (TB) {
           tma_load(b + lane * 8192, &arguments.b, column, inner, 0, 0, full);
         } else {
           tma_load(b + lane * 8192, &arguments.b, inner, column, 0, 0, full);
         }
-      } else if (lane < kBoxes + kM / 64) {
-        const int m = (lane - kBoxes) * 64;
+      } else if (lane < boxes + kM / 64) {
+        const int m = (lane - boxes) * 64;
         if constexpr (TA) {
           tma_load(a + m * 128, &arguments.a, a_row + m, inner, 0, 0, full);
         } else {
@@ -93,8 +96,18 @@ __global__ void __launch_bounds__(kThreads90, 1) sddmm_kernel_90(const __grid_co
     return;
   }
   more_registers<232>();
+  // Not SPLIT: the first half of the boxes and the others. Who has none multiplies one that nobody reads.
+  const int half = (boxes + 1) / 2, before = SPLIT || group == 0 ? 0 : half;
+  const int mine = SPLIT ? boxes : group == 0 ? half : boxes - half;
+  const int b_of = Step<SPLIT>::kBytesA + before * 8192;
   float d[kSums];
-  multiply<Element, TA, TB, SPLIT>(d, pipeline, steps, group);
+  switch (mine) {
+    case 0:
+    case 1: multiply<Element, TA, TB, SPLIT, 1>(d, pipeline, steps, group, b_of); break;
+    case 2: multiply<Element, TA, TB, SPLIT, 2>(d, pipeline, steps, group, b_of); break;
+    case 3: multiply<Element, TA, TB, SPLIT, 3>(d, pipeline, steps, group, b_of); break;
+    default: multiply<Element, TA, TB, SPLIT, 4>(d, pipeline, steps, group, b_of);
+  }
 
   // d[4 j + 2 r + c] is row 16 warp + lane / 4 + 8 r, column 8 j + 2 (lane % 4) + c.
   const int thread = int(threadIdx.x) % kGroupThreads, warp = thread / 32, lane = thread % 32;
@@ -102,8 +115,8 @@ __global__ void __launch_bounds__(kThreads90, 1) sddmm_kernel_90(const __grid_co
   const int r = part + Step<SPLIT>::m_of(group) + 16 * warp + lane / 4;
 #pragma unroll
   for (int box = 0; box < 4; ++box) {
-    const int64_t at = first + Step<SPLIT>::n_of(group) + 64 * box;
-    if (at >= end) break;
+    if (box >= mine) break;
+    const int64_t at = first + 64 * (before + box);
     Element* to = values + ((list.begin + at / C) * R + r) * C + at % C + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {

@@ -56,7 +56,7 @@ const char* refuses(const BlockSparseProduct& p, const CudaContext& context) {
   SharedMemory card;
   if (!shared_memory_of_device(&card).ok()) return "the device's shared memory is unknown";
   if (small_blocks_shared_bytes(small_blocks_of(product_call(p))) > card.per_block - 1024) {
-    return "weight: supported are up to about 100,000 columns";
+    return "weight: supported are up to about 50,000 columns";
   }
   return nullptr;
 }
@@ -65,9 +65,17 @@ size_t workspace(const BlockSparseProduct& p, const CudaContext&) {
   return small_blocks_bytes(small_blocks_of(product_call(p)), p.pattern.nnz);
 }
 
+struct SmallKernel {
+  void (*kernel)(SmallCall);
+  int threads;
+};
 template <class Element>
-void (*kernel_of(int tiles))(SmallCall) {
-  return tiles == 1 ? small_blocks_kernel<Element, 1> : small_blocks_kernel<Element, 2>;
+SmallKernel kernel_of(int tiles) {
+#ifndef SMALL_LISTS
+#define SMALL_LISTS 1
+#endif
+  if (tiles == 1) return {small_blocks_kernel<Element, 1, SMALL_LISTS>, SmallShape<1, SMALL_LISTS>::kThreads};
+  return {small_blocks_kernel<Element, 2, 1>, SmallShape<2, 1>::kThreads};
 }
 
 Status product(const BlockSparseProduct& p, const CudaContext& context) {
@@ -84,14 +92,25 @@ Status product(const BlockSparseProduct& p, const CudaContext& context) {
   if (!status.ok()) return status;
   call.token_tiles = (p.tokens + kSmallTokens - 1) / kSmallTokens;
   arguments.tiles = int32_t(call.token_tiles * arguments.blocks.panels);
-  void (*kernel)(SmallCall) = p.dtype == DType::bf16 ? kernel_of<__nv_bfloat16>(arguments.blocks.tiles)
-                                                     : kernel_of<__half>(arguments.blocks.tiles);
-  const cudaError_t code = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+  const Output& out = call.out;
+  arguments.plain = out.vectors && out.output.feature == 1 && out.features % 8 == 0 && !out.bias && !out.factor.data &&
+                    out.activation == Activation::none;
+  const SmallKernel kernel = p.dtype == DType::bf16 ? kernel_of<__nv_bfloat16>(arguments.blocks.tiles)
+                                                    : kernel_of<__half>(arguments.blocks.tiles);
+  const cudaError_t code = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel.kernel),
                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kSmallSharedBytes);
   if (code != cudaSuccess) return status_of(code, "setting the product's shared memory");
-  const unsigned ctas = unsigned(std::min<int64_t>(arguments.tiles, context.multiprocessors));
-  kernel<<<ctas, kSmallThreads, kSmallSharedBytes, static_cast<cudaStream_t>(context.stream)>>>(arguments);
-  return status_of(cudaGetLastError(), "launching the block-sparse product");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(2 * unsigned(std::min<int64_t>(arguments.tiles, std::max(context.multiprocessors / 2, 1))));
+  config.blockDim = dim3(unsigned(kernel.threads));
+  config.dynamicSmemBytes = kSmallSharedBytes;
+  config.stream = static_cast<cudaStream_t>(context.stream);
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = 2, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return status_of(cudaLaunchKernelEx(&config, kernel.kernel, arguments), "launching the block-sparse product");
 }
 
 }  // namespace

@@ -1,53 +1,59 @@
 // y = factor * act(x W^T + bias), or x W, of blocks with sides of 16 and 32, with mma.sync and TMA (Hopper).
 //
-// D is a tile of y^T: 256 features x 128 tokens. Each of 16 warps owns block rows, so that no sum changes hands: one of
-// 16 features x 128 tokens, or one of 32 x 64. Lists are sorted and weights packed beforehand (cuda_small_blocks.h): a
-// warp reads its weights as one stream, straight into operands, one unit ahead. x comes in chunks of 32 of the
-// contraction x 128 tokens, those that any block row of the panel uses, through a ring that one more warp fills. Warps
-// walk the ring each at its own pace, past the end of a tile into the next one: CTAs stay, one a multiprocessor.
+// A cluster of two CTAs computes a tile of y^T of 512 features x 128 tokens, each half of the features. Each warp owns
+// one block row, 16 or 32 features x 128 tokens, so that no sum changes hands. Lists are sorted and weights packed
+// beforehand (cuda_small_blocks.h): a warp reads its weights as one stream, straight into operands, units ahead. x
+// comes in chunks of 32 of the contraction x 128 tokens, those that any block row of the cluster uses, each read from
+// L2 once for both CTAs (multicast), through a ring that one more warp fills. Warps walk the ring each at its own pace,
+// past the end of a tile into the next one: CTAs stay, one a multiprocessor.
 //
 // Bound: shared memory, 256 B for 2,048 (32: 4,096) products, as fast as mma.sync for 16 features and half of it for 32;
-// L2, where few blocks share a chunk (at density d, 128 d / u flop for a byte of x, where u = 1 - (1 - d)^n of the
-// chunks are loaded and n blocks may use one: 32 of 16 x 16, 8 of 32 x 32).
+// L2 where blocks are few: at density d, 256 d / u flop for a byte of x, where u = 1 - (1 - d)^n of the chunks are
+// loaded and n blocks may use one (64 of 16 x 16, 16 of 32 x 32).
 #pragma once
 
 #include <cuda.h>
 
 #include "common/cuda/barriers_sm90.cuh"
+#include "common/cuda/cluster_sm90.cuh"
 #include "common/cuda/tma_sm90.cuh"
 #include "matmul/cuda_product.cuh"
 #include "matmul/cuda_small_blocks.h"
 
 namespace sparsekit::cuda {
 
-#ifndef SMALL_GROUP
-#define SMALL_GROUP 4
-#endif
-#ifndef SMALL_TOKENS
-#define SMALL_TOKENS 128
-#endif
-#ifndef SMALL_AHEAD
-#define SMALL_AHEAD 3
-#endif
-constexpr int kSmallTokens = SMALL_TOKENS, kSmallWarps = kSmallFeatures / 16, kSmallThreads = (kSmallWarps + 4) * 32;
+constexpr int kSmallTokens = 128;
 constexpr int kSmallChunkBytes = kSmallChunk * kSmallTokens * 2;
-constexpr int kSmallGroup = SMALL_GROUP, kSmallStages = (24 * 128 / SMALL_TOKENS) / SMALL_GROUP;  // chunks of a stage
+constexpr int kSmallGroup = 4, kSmallStages = 6;  // chunks of a stage
 constexpr int kSmallStageBytes = kSmallGroup * kSmallChunkBytes, kSmallRingBytes = kSmallStages * kSmallStageBytes;
 constexpr int kSmallStaging = 1536;  // of a warp: 256 numbers, rows 16 bytes apart
-constexpr int kSmallSharedBytes = kSmallRingBytes + kSmallWarps * kSmallStaging + kSmallStages * 16;
+constexpr int kSmallSharedBytes = kSmallRingBytes + 16 * kSmallStaging + kSmallStages * 16;
+
+// LISTS of a warp, each with TILES of 16 features. Warps that multiply, units that weights are read ahead, registers of
+// both roles.
+#ifndef SMALL_RING1
+#define SMALL_RING1 2
+#endif
+template <int TILES, int LISTS>
+struct SmallShape {
+  static constexpr int kWarps = kSmallFeatures / 2 / (16 * TILES * LISTS), kThreads = kWarps * 32 + 128;
+  static constexpr int kAhead = SMALL_RING1 && TILES * LISTS == 1 ? SMALL_RING1 : 4;  // power of 2: units of weights in registers
+  static constexpr int kRegisters = kWarps == 16 ? 112 : 232, kLoadRegisters = kWarps == 16 ? 32 : 40;
+};
 
 struct SmallCall {
   CUtensorMap x;
   ProductCall call;
   SmallBlocks blocks;
   int32_t tiles;
+  bool plain;  // no bias, activation or factor; y in whole, aligned chunks of 8 features
 };
 
-/// What a warp of TILES * 16 features has: sums[m][n][e] is feature 16 m + lane / 4 + 8 (e / 2), token 8 n + 2 (lane %
+/// What a warp has of a list of TILES * 16 features: sums[m][n][e] is feature 16 m + lane / 4 + 8 (e / 2), token 8 n + 2 (lane %
 /// 4) + e % 2 of it.
 template <class Element, int TILES>
 struct SmallTile {
-  static constexpr int kFeatures = 16 * TILES, kTokens = kSmallTokens / TILES, kN = kTokens / 8;
+  static constexpr int kFeatures = 16 * TILES, kTokens = kSmallTokens, kN = kTokens / 8;
 
   float sums[TILES][kN][4];
 
@@ -62,7 +68,7 @@ struct SmallTile {
 
   /// One unit: its weights, and x at `address` (of this lane, for load_matrices), two loads ahead of the products.
   __device__ __forceinline__ void multiply(const uint4 (&weights)[TILES], uint32_t address) {
-    constexpr int kAhead = SMALL_AHEAD;
+    constexpr int kAhead = 3;
     uint32_t b[kAhead][4];
 #pragma unroll
     for (int i = 0; i < kAhead - 1; ++i) load_matrices(b[i], address + uint32_t(i * 16 * 64));
@@ -76,6 +82,45 @@ struct SmallTile {
         mma_m16n8k16<Element>(sums[m][n], a, b[i % kAhead][0], b[i % kAhead][1]);
         mma_m16n8k16<Element>(sums[m][n + 1], a, b[i % kAhead][2], b[i % kAhead][3]);
       }
+    }
+  }
+
+  /// Writes the sums as they are, features contiguous and aligned: 1 KB at a time is turned round in `staging`.
+  __device__ __forceinline__ void store_plain(const Output& out, int64_t token, int64_t feature, float* staging,
+                                              int lane) const {
+    constexpr int kRowBytes = 32 * TILES, kChunks = kRowBytes / 16, kRows = 32 / kChunks, kPassTokens = 32 / TILES;
+    const uint32_t base = shared_address(staging);
+    const int row = TILES == 1 ? lane / 16 * 8 + lane % 8 : lane % 8, chunk = TILES == 1 ? lane / 8 % 2 : lane / 8;
+    auto place = [](int r, int c) { return uint32_t(r * kRowBytes + (c ^ (TILES == 1 ? r >> 2 & 1 : r >> 1 & 3)) * 16); };
+    const uint32_t matrices = base + place(row, chunk);
+    const int r = lane / kChunks, first = int(min(out.tokens - token, int64_t(kTokens)));
+    const int64_t f = feature + lane % kChunks * 8;
+    Element* to = static_cast<Element*>(out.output.data) + (token + r) * out.output.token + f;
+    const uint32_t from[2] = {base + place(r, lane % kChunks), base + place(r + kRows, lane % kChunks)};
+#pragma unroll
+    for (int pass = 0; pass < kTokens / kPassTokens; ++pass) {
+#pragma unroll
+      for (int i = 0; i < kPassTokens / 8; i += 3 - TILES) {
+        const int n = pass * (kPassTokens / 8) + i;
+        const float(&low)[4] = sums[0][n];
+        const float(&high)[4] = TILES == 1 ? sums[0][(n + 1) % kN] : sums[TILES - 1][n];
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
+                         matrices + uint32_t(i * 8 * kRowBytes)),
+                     "r"(pack<Element>(low[0], low[1])), "r"(pack<Element>(low[2], low[3])),
+                     "r"(pack<Element>(high[0], high[1])), "r"(pack<Element>(high[2], high[3]))
+                     : "memory");
+      }
+      __syncwarp();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint4 v;
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(from[half]));
+        const int t = pass * kPassTokens + half * kRows;
+        if (t + r < first && f < out.features) *reinterpret_cast<uint4*>(to + t * out.output.token) = v;
+      }
+      __syncwarp();
     }
   }
 
@@ -167,10 +212,9 @@ struct SmallRing {
   __device__ __forceinline__ uint32_t empty() const { return full() + 8; }
 };
 
-/// A tile, as tile_at<16> orders them, and a list of it.
+/// A tile of the cluster, as tile_at<16> orders them, and a list of it.
 struct SmallWork {
   int token_tile = 0, panel = 0, chunks = 0;  // that the panel uses
-  int units = 0, base = 0;                    // of the list; where its units begin
 
   __device__ __forceinline__ void at(const SmallCall& arguments, int tile) {
     constexpr unsigned kGroup = 16;
@@ -182,29 +226,81 @@ struct SmallWork {
     token_tile = int(group * kGroup + within - unsigned(panel) * size);
     chunks = blocks.counts[panel];
   }
-  __device__ __forceinline__ void list_at(const SmallCall& arguments, int of_panel) {
+};
+
+/// A list as its warp walks it.
+template <class Element, int TILES, int RING>
+struct SmallList {
+  static constexpr int kNone = INT32_MAX;
+
+  const uint4* fragments;
+  const int32_t* codes;
+  int units, unit, code;  // the next unit, and its code
+  int group, next_group;  // codes of 64 units, one a lane
+  uint4 weights[RING][TILES];
+
+  __device__ __forceinline__ void load(uint4 (&to)[TILES], int at) const {
+    if (at >= units) return;
+#pragma unroll
+    for (int m = 0; m < TILES; ++m) to[m] = __ldg(fragments + (at * TILES + m) * 32);
+  }
+  __device__ __forceinline__ int load_codes(int at) const {
+    return at + int(threadIdx.x) % 32 < units ? __ldg(codes + at) : kNone;
+  }
+  __device__ __forceinline__ void begin(const SmallCall& arguments, int list) {
     const SmallBlocks& blocks = arguments.blocks;
-    const int list = panel * blocks.lists + of_panel;
+    const int lane = int(threadIdx.x) % 32;
     units = blocks.lengths[list];
-    base = 0;
+    int base = 0;
     if (list < arguments.call.lists) {
       base = int(list_extent(arguments.call.offsets, list, arguments.call.pattern.nnz).begin) * blocks.units;
+    }
+    fragments = blocks.fragments + int64_t(base) * (TILES * 32) + lane;
+    codes = blocks.codes + base + lane;
+#pragma unroll
+    for (int i = 0; i < RING - 1; ++i) load(weights[i], i);
+    group = load_codes(0), next_group = load_codes(32);
+    unit = 0;
+  }
+  /// Multiplies what the list has before `end`; `stage`: where chunk 0 would be, of this lane. A unit's weights stay in
+  /// the registers that they were loaded into: a move would wait for the load.
+  __device__ __forceinline__ void multiply(SmallTile<Element, TILES>& tile, uint32_t stage, int end) {
+#pragma unroll 1
+    while (code < end) {
+      switch (unit & (RING - 1)) {
+        case 0: multiply_unit<0>(tile, stage); break;
+        case 1: multiply_unit<1>(tile, stage); break;
+        case 2: multiply_unit<2>(tile, stage); break;
+        case 3: multiply_unit<3>(tile, stage); break;
+      }
+    }
+  }
+  template <int SLOT>
+  __device__ __forceinline__ void multiply_unit(SmallTile<Element, TILES>& tile, uint32_t stage) {
+    if constexpr (SLOT < RING) {
+      load(weights[(SLOT + RING - 1) % RING], unit + RING - 1);
+      const uint32_t address = (stage + uint32_t((code >> 1) * kSmallChunkBytes)) ^ uint32_t((code & 1) * 32);
+      ++unit;
+      if ((unit & 31) == 0) group = next_group, next_group = load_codes(unit + 32);
+      code = __shfl_sync(0xffffffffu, group, unit & 31);
+      tile.multiply(weights[SLOT], address);
     }
   }
 };
 
-/// The warp that loads x.
-__device__ __forceinline__ void load_chunks(const SmallCall& arguments, SmallRing ring, int lane) {
+/// The warp that loads x: every other chunk, for both CTAs.
+__device__ __forceinline__ void load_chunks(const SmallCall& arguments, SmallRing ring, int rank, int lane) {
   const SmallBlocks& blocks = arguments.blocks;
+  const int step = int(gridDim.x) / 2;
   SmallWork work, next;
-  next.at(arguments, int(blockIdx.x));
+  next.at(arguments, int(blockIdx.x) / 2);
   auto read_used = [&](const SmallWork& of, int first) {
     const int at = first + lane;
     return at < of.chunks ? blocks.used[int64_t(of.panel) * blocks.chunks + at] : 0;
   };
   int next_chunk = read_used(next, 0);
 #pragma unroll 1
-  for (int at = int(blockIdx.x); at < arguments.tiles; at += int(gridDim.x)) {
+  for (int at = int(blockIdx.x) / 2; at < arguments.tiles; at += step) {
     work = next;
     const int count = work.chunks;
 #pragma unroll 1
@@ -212,8 +308,8 @@ __device__ __forceinline__ void load_chunks(const SmallCall& arguments, SmallRin
       const int chunk = next_chunk;
       if (first + 32 < count) {
         next_chunk = read_used(work, first + 32);
-      } else if (at + int(gridDim.x) < arguments.tiles) {
-        next.at(arguments, at + int(gridDim.x));
+      } else if (at + step < arguments.tiles) {
+        next.at(arguments, at + step);
         next_chunk = read_used(next, 0);
       }
 #pragma unroll 1
@@ -222,9 +318,9 @@ __device__ __forceinline__ void load_chunks(const SmallCall& arguments, SmallRin
         const int here = min(count - first - i, kSmallGroup), mine = lane - i;
         if (lane == 0) mbarrier_expect(ring.full(), here * kSmallChunkBytes);
         __syncwarp();
-        if (mine >= 0 && mine < here) {
-          tma_load(ring.stage() + uint32_t(mine * kSmallChunkBytes), &arguments.x, chunk * kSmallChunk,
-                   work.token_tile * kSmallTokens, 0, 0, ring.full());
+        if (mine >= 0 && mine < here && mine % 2 == rank) {
+          tma_load_multicast(ring.stage() + uint32_t(mine * kSmallChunkBytes), &arguments.x, chunk * kSmallChunk,
+                             work.token_tile * kSmallTokens, ring.full(), 3);
         }
         __syncwarp();
         if (lane == 0) mbarrier_arrive(ring.full());
@@ -234,86 +330,80 @@ __device__ __forceinline__ void load_chunks(const SmallCall& arguments, SmallRin
   }
 }
 
-template <class Element, int TILES>
-__global__ void __launch_bounds__(kSmallThreads, 1) small_blocks_kernel(const __grid_constant__ SmallCall arguments) {
-  using Tile = SmallTile<Element, TILES>;
-  constexpr int kNone = INT32_MAX, kLists = kSmallWarps / TILES;
+template <class Element, int TILES, int LISTS>
+__global__ void __launch_bounds__(SmallShape<TILES, LISTS>::kThreads, 1)
+    small_blocks_kernel(const __grid_constant__ SmallCall arguments) {
+  using Shape = SmallShape<TILES, LISTS>;
+  constexpr int kWarps = Shape::kWarps;
   extern __shared__ __align__(1024) char shared[];
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, rank = int(blockIdx.x) % 2;
   SmallRing ring;
   ring.stages = shared_address(shared);
-  ring.barriers = ring.stages + uint32_t(kSmallRingBytes + kSmallWarps * kSmallStaging);
+  ring.barriers = ring.stages + uint32_t(kSmallRingBytes + 16 * kSmallStaging);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSmallStages; ++i) {
       mbarrier_init(ring.barriers + uint32_t(i * 16), 1);
-      mbarrier_init(ring.barriers + uint32_t(i * 16) + 8, kSmallWarps);
+      mbarrier_init(ring.barriers + uint32_t(i * 16) + 8, 2 * kWarps);  // of both CTAs
     }
     mbarrier_fence_init();
   }
-  __syncthreads();
-  if (warp >= kSmallWarps) {
-    fewer_registers<32>();
-    if (warp == kSmallWarps) load_chunks(arguments, ring, lane);
+  cluster_sync();
+  if (warp >= kWarps) {
+    fewer_registers<Shape::kLoadRegisters>();
+    if (warp == kWarps) load_chunks(arguments, ring, rank, lane);
     return;
   }
-  more_registers<(kSmallWarps == 16 ? 112 : 160)>();
-  const ProductCall& call = arguments.call;
+  more_registers<Shape::kRegisters>();
   float* staging = reinterpret_cast<float*>(shared + kSmallRingBytes + warp * kSmallStaging);
-  const int of_panel = warp / TILES, tokens_before = warp % TILES * Tile::kTokens;
-  const uint32_t lane_address =
-      swizzled<64>(tokens_before + (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);  // see address_columns16
+  const int of_panel = (rank * kWarps + warp) * LISTS, step = int(gridDim.x) / 2;
+  const uint32_t lane_address = swizzled<64>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);  // address_columns16
+  const uint32_t other_barriers = address_in_cluster(ring.barriers, rank ^ 1);
   SmallWork work;
-  const uint4* fragments;
-  const int32_t* codes;
-  uint4 now[TILES] = {}, next[TILES] = {};
-  int group, next_group;
-  auto load = [&](uint4 (&weights)[TILES], int unit) {
-    if (unit >= work.units) return;
-#pragma unroll
-    for (int m = 0; m < TILES; ++m) weights[m] = __ldg(fragments + (unit * TILES + m) * 32);
-  };
-  auto load_codes = [&](int unit) { return unit + lane < work.units ? __ldg(codes + unit) : kNone; };
+  SmallList<Element, TILES, Shape::kAhead> lists[LISTS];
   auto begin = [&](int tile) {
     work.at(arguments, tile);
-    work.list_at(arguments, of_panel);
-    fragments = arguments.blocks.fragments + int64_t(work.base) * (TILES * 32) + lane;
-    codes = arguments.blocks.codes + work.base + lane;
-    load(now, 0);
-    group = load_codes(0), next_group = load_codes(32);
+#pragma unroll
+    for (int l = 0; l < LISTS; ++l) lists[l].begin(arguments, work.panel * arguments.blocks.lists + of_panel + l);
   };
-  begin(int(blockIdx.x));
+  begin(int(blockIdx.x) / 2);
 #pragma unroll 1
-  for (int at = int(blockIdx.x); at < arguments.tiles; at += int(gridDim.x)) {
-    int unit = 0, code = __shfl_sync(0xffffffffu, group, 0);
-    Tile tile;
-    tile.clear();
+  for (int at = int(blockIdx.x) / 2; at < arguments.tiles; at += step) {
+    SmallTile<Element, TILES> tiles[LISTS];
+#pragma unroll
+    for (int l = 0; l < LISTS; ++l) {
+      tiles[l].clear();
+      lists[l].code = __shfl_sync(0xffffffffu, lists[l].group, 0);
+    }
 #pragma unroll 1
     for (int first = 0; first < work.chunks; first += kSmallGroup) {
       mbarrier_wait(ring.full(), ring.ring.parity);
-      const int end = 2 * (first + kSmallGroup);
       const uint32_t stage = ring.stage() + lane_address - uint32_t(first * kSmallChunkBytes);
-#pragma unroll 1
-      while (code < end) {
-        load(next, unit + 1);
-        const uint32_t address = (stage + uint32_t((code >> 1) * kSmallChunkBytes)) ^ uint32_t((code & 1) * 32);
-        ++unit;
-        if ((unit & 31) == 0) group = next_group, next_group = load_codes(unit + 32);
-        code = __shfl_sync(0xffffffffu, group, unit & 31);
-        tile.multiply(now, address);
 #pragma unroll
-        for (int m = 0; m < TILES; ++m) now[m] = next[m];
-      }
+      for (int l = 0; l < LISTS; ++l) lists[l].multiply(tiles[l], stage, 2 * (first + kSmallGroup));
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(ring.empty());
+      if (lane == 0) {
+        mbarrier_arrive(ring.empty());
+        mbarrier_arrive_in_cluster(other_barriers + ring.empty() - ring.barriers);
+      }
       ring.ring.advance();
     }
-    const int64_t token = int64_t(work.token_tile) * kSmallTokens + tokens_before;
-    const int64_t feature = int64_t(work.panel * kLists + of_panel) * Tile::kFeatures;
+    const int64_t token = int64_t(work.token_tile) * kSmallTokens;
+    const int list = work.panel * arguments.blocks.lists + of_panel;
     // The next tile's first weights arrive while this one is written.
-    if (at + int(gridDim.x) < arguments.tiles) begin(at + int(gridDim.x));
-    if (feature >= call.out.features || token >= call.out.tokens) continue;
-    tile.store(call.out, token, feature, staging, lane);
+    if (at + step < arguments.tiles) begin(at + step);
+#pragma unroll
+    for (int l = 0; l < LISTS; ++l) {
+      const int64_t feature = int64_t(list + l) * (16 * TILES);
+      if (feature >= arguments.call.out.features) continue;
+      if (arguments.plain) {
+        tiles[l].store_plain(arguments.call.out, token, feature, staging, lane);
+      } else {
+        tiles[l].store(arguments.call.out, token, feature, staging, lane);
+      }
+    }
   }
+  __syncwarp();
+  cluster_sync();  // whoever has ended is still arrived at, and loaded into
 }
 
 }  // namespace sparsekit::cuda
