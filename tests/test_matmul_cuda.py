@@ -227,7 +227,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("block_size", [(16, 8), (64, 64), (128, 128), (5, 3)], ids=str)
+@pytest.mark.parametrize("block_size", [(16, 8), (16, 16), (32, 32), (64, 64), (128, 128), (5, 3)], ids=str)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("name", BAD)
 def test_bad_indices_are_skipped(name, index, block_size):
@@ -260,8 +260,9 @@ def test_bad_indices_are_skipped(name, index, block_size):
         matrix.check()
 
 
-def test_bad_transposes_are_skipped():
-    matrix, _ = cuda_weight((256, 256), (64, 64), 0.7)
+@pytest.mark.parametrize("block_size", [(64, 64), (32, 16)], ids=str)
+def test_bad_transposes_are_skipped(block_size):
+    matrix, _ = cuda_weight((256, 256), block_size, 0.7)
     good = matrix.transposed_pattern()
     y = torch.randn(70, 256, device="cuda").bfloat16()
     for place in range(3):

@@ -2,14 +2,15 @@
 // bulk copies, so that what is on its way does not depend on registers or on what a warp waits for. With a gate:
 // act(x G^T) * (x W^T) in one pass.
 //
-// A slab is 16 rows of a block row; of each block they are contiguous. A CTA takes slabs one after the other; its warps
-// take turns along the blocks of a slab, 128 columns a turn, each with a ring of its own that it fills past the end of
-// the slab into the next ones: the first copies need nothing but the offsets. Products are those of the kernel for
-// sm_80 (cuda_few_tokens_sm80.cu): weights are the A operand of mma.sync. Partial sums of the warps meet in shared
-// memory; a warp, another one for each slab, adds them in order while the others go on.
+// A slab is 16 rows of a block row; of each block they are contiguous. A team of 1 to 8 warps takes slabs one after the
+// other; its warps take turns along the blocks of a slab, 128 columns a turn, each with a ring of its own that it fills
+// past the end of the slab into the next ones: the first copies need nothing but the offsets. Products are those of the
+// kernel for sm_80 (cuda_few_tokens_sm80.cu): weights are the A operand of mma.sync. x of a turn is read while the turn
+// before is multiplied. Partial sums of a team meet in shared memory and are added in the order of its warps.
 //
-// Bound: memory, the stored weights, and three latencies: offsets, weights, x. In a product that `follows`, as many
-// weights as the rings hold are there before the product before has ended (programmatic dependent launch).
+// Bound: memory, the stored weights; but a turn must cost few instructions (a first version of 600 took 44 us for 107
+// MB, in caches or not). In a product that `follows`, as many weights as the rings hold are there before the product
+// before has ended (programmatic dependent launch).
 #include <algorithm>
 
 #include "common/cuda/barriers_sm90.cuh"
@@ -26,26 +27,24 @@ using namespace sparsekit::cuda;
 
 constexpr int kMostTokens = 16, kTurn = 128;  // columns
 constexpr int kWarps = 8, kThreads = kWarps * 32, kSlabRows = 16;
-constexpr int kSlotBytes = kSlabRows * kTurn * 2, kMostBlocks = kTurn / 16;  // blocks of a turn
-constexpr int kHeaderBytes = kMostBlocks * 8, kMostSlots = 6, kMostSlabs = 32;  // of a warp; of a CTA
-constexpr int kSums = 2;  // buffers of partial sums
+constexpr int kSlotBytes = kSlabRows * kTurn * 2, kMostSlots = 6, kMostItems = 64;  // of a warp; of a team
 
 struct StreamCall {
   BlockSparsePattern pattern[2];  // W, and the gate
   const void* values[2];
   TokensView<const void*> input;
   Output out;
-  int slabs_of_block, slabs, slots, lists;
+  int slabs_of_block, slabs, slots, team;  // warps of a team
 };
 
-/// Shared memory: slots of all warps, their headers (columns), partial sums, then what is below.
+/// Shared memory: slots of all warps, their headers (64 bytes: columns), partial sums.
 struct Layout {
   int headers, sums, sums_bytes, bytes;
-  __host__ __device__ explicit Layout(const StreamCall& call) {
+  __host__ __device__ Layout(const StreamCall& call, int lists) {
     headers = kWarps * call.slots * kSlotBytes;
-    sums = headers + kWarps * call.slots * kHeaderBytes;
-    sums_bytes = kWarps * call.lists * int(call.out.tokens) * kSlabRows * 4;  // of a buffer
-    bytes = sums + kSums * sums_bytes;
+    sums = headers + kWarps * call.slots * 64;
+    sums_bytes = lists * int(call.out.tokens) * kSlabRows * 4;  // of a warp
+    bytes = sums + kWarps * sums_bytes;
   }
 };
 
@@ -79,190 +78,207 @@ __device__ __forceinline__ uint4 load_weights(uint32_t from) {
   return v;
 }
 
-/// A turn of a warp: `blocks` blocks from `first` on, of list `list` of the CTA's slab number `slab`.
-template <int LISTS>
-struct Turns {
-  int slab = 0, list = 0;
-  int64_t first = -1;
+/// A list of a slab: its blocks, and where their values begin.
+struct Item {
+  int32_t begin, end;
+  const char* values;  // of the slab's rows in block 0
+};
 
-  /// The warp's next turn; false at the end.
-  __device__ __forceinline__ bool next(const int64_t (*extents)[LISTS][2], int slabs, int warp, int per_turn) {
-    if (slab >= slabs) return false;
-    first = first < 0 ? extents[slab][list][0] + warp * per_turn : first + kWarps * per_turn;
-    while (first >= extents[slab][list][1]) {
-      if (++list == LISTS) list = 0, ++slab;
-      if (slab >= slabs) return false;
-      first = extents[slab][list][0] + warp * per_turn;
+/// A warp's place in its team's items: the blocks of a turn begin at `first`.
+struct Cursor {
+  int item = -1, first = 0, end = 0;
+
+  /// The next turn; false at the end.
+  __device__ __forceinline__ bool next(const Item* items, int count, int offset, int stride) {
+    first += stride;
+    while (first >= end) {
+      if (++item >= count) return false;
+      first = items[item].begin + offset, end = items[item].end;
     }
     return true;
   }
 };
 
-// GROUPS: of 8 tokens. LISTS: 2 with a gate.
-template <class Element, int GROUPS, int LISTS>
+// C columns of a block. GROUPS of 8 tokens. LISTS: 2 with a gate.
+template <class Element, int C, int GROUPS, int LISTS>
 __global__ void __launch_bounds__(kThreads, 2) stream_tokens(const __grid_constant__ StreamCall call) {
+  constexpr int kBlocks = kTurn / C, kPiece = kSlabRows * C * 2;  // blocks of a turn; bytes of a block's slab
   extern __shared__ __align__(1024) char shared[];
-  __shared__ int64_t extents[kMostSlabs][LISTS][2];
-  __shared__ __align__(8) uint64_t full_words[kWarps][kMostSlots], sums_words[kSums][2];
-  const Layout layout(call);
+  __shared__ Item items_of[kWarps][kMostItems];
+  __shared__ __align__(8) uint64_t full_words[kWarps][kMostSlots];
+  const Layout layout(call, LISTS);
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  const int R = call.pattern[0].block_rows, C = call.pattern[0].block_cols, tokens = int(call.out.tokens);
-  const int slots = call.slots, per_turn = kTurn / C, piece = kSlabRows * C * 2;
-  const int slabs = (call.slabs - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
+  const int team = warp / call.team, of_team = warp % call.team, teams = kWarps / call.team;
+  const int slots = call.slots, tokens = int(call.out.tokens);
+  const int64_t block_bytes = int64_t(call.pattern[0].block_rows) * C * 2;
   const uint32_t full = shared_address(full_words[warp]);
   const uint32_t ring = shared_address(shared) + uint32_t(warp * slots * kSlotBytes);
-  const uint32_t headers = shared_address(shared) + uint32_t(layout.headers + warp * slots * kHeaderBytes);
+  const uint32_t headers = shared_address(shared) + uint32_t(layout.headers + warp * slots * 64);
   const bool wide = call.pattern[0].col.wide;
-  auto slab_at = [&](int slab) { return int(blockIdx.x) + slab * int(gridDim.x); };
 
-  if (int(threadIdx.x) < slabs * LISTS) {
-    const int slab = int(threadIdx.x) / LISTS, list = int(threadIdx.x) % LISTS;
-    const Extent extent = list_extent(call.pattern[list].crow, slab_at(slab) / call.slabs_of_block,
-                                      call.pattern[list].nnz);
-    extents[slab][list][0] = extent.begin, extents[slab][list][1] = extent.end;
+  // Slab k of a team is k * stride + first_slab: the slabs of a block row, as long as one another, are of many teams.
+  const int first_slab = team * int(gridDim.x) + int(blockIdx.x), stride = teams * int(gridDim.x);
+  const int slabs = first_slab < call.slabs ? (call.slabs - first_slab + stride - 1) / stride : 0;
+  const int count = slabs * LISTS;
+  Item* items = items_of[team];
+  for (int i = of_team * 32 + lane; i < count; i += call.team * 32) {
+    const int slab = first_slab + i / LISTS * stride, list = i % LISTS, row = slab / call.slabs_of_block;
+    const Extent extent = list_extent(call.pattern[list].crow, row, call.pattern[list].nnz);
+    items[i] = {int32_t(extent.begin), int32_t(extent.end),
+                static_cast<const char*>(call.values[list]) + (slab - row * call.slabs_of_block) * kPiece};
   }
   if (lane == 0) {
-    for (int i = 0; i < slots; ++i) mbarrier_init(full + uint32_t(i * 8), 33);
-    if (warp == 0) {
-      for (int i = 0; i < kSums; ++i) {
-        mbarrier_init(shared_address(&sums_words[i][0]), kWarps);
-        mbarrier_init(shared_address(&sums_words[i][1]), 1);
-      }
-    }
+    for (int i = 0; i < slots; ++i) mbarrier_init(full + uint32_t(i * 8), 1 + kBlocks);
     mbarrier_fence_init();
   }
   __syncthreads();
   let_next_kernel_start();
 
   // Starts the copies of a turn into a slot.
-  auto start = [&](const Turns<LISTS>& turn, int slot) {
-    const BlockSparsePattern& pattern = call.pattern[turn.list];
-    const int blocks = int(min(extents[turn.slab][turn.list][1] - turn.first, int64_t(per_turn)));
-    const int row = slab_at(turn.slab) % call.slabs_of_block * kSlabRows;  // in the block
+  auto start = [&](const Cursor& turn, int slot) {
+    if (lane >= kBlocks) return;
+    const int blocks = min(turn.end - turn.first, kBlocks);
     const uint32_t barrier = full + uint32_t(slot * 8);
-    if (lane == 0) mbarrier_expect(barrier, blocks * piece);
-    __syncwarp();
+    if (lane == 0) {
+      mbarrier_expect(barrier, blocks * kPiece);
+      mbarrier_arrive(barrier);
+    }
     if (lane < blocks) {
-      const Element* from = static_cast<const Element*>(call.values[turn.list]) + ((turn.first + lane) * R + row) * C;
-      bulk_load(ring + uint32_t(slot * kSlotBytes + lane * piece), from, piece, barrier);
-      const uint32_t to = headers + uint32_t(slot * kHeaderBytes + lane * 8);
-      const int64_t at = turn.first + lane;
+      const int at = turn.first + lane;
+      bulk_load(ring + uint32_t(slot * kSlotBytes + lane * kPiece), items[turn.item].values + at * block_bytes, kPiece,
+                barrier);
+      const void* col = call.pattern[turn.item % LISTS].col.data;
+      const uint32_t to = headers + uint32_t(slot * 64 + lane * 8);
       if (wide) {
-        copy_index<8>(to, static_cast<const int64_t*>(pattern.col.data) + at);
+        copy_index<8>(to, static_cast<const int64_t*>(col) + at);
       } else {
-        copy_index<4>(to, static_cast<const int32_t*>(pattern.col.data) + at);
+        copy_index<4>(to, static_cast<const int32_t*>(col) + at);
       }
     }
     arrive_after_copies(barrier);
-    if (lane == 0) mbarrier_arrive(barrier);
   };
 
-  Turns<LISTS> ahead;
+  const int offset = of_team * kBlocks, step = call.team * kBlocks;
+  Cursor ahead, turn;
   bool more = true;
   for (int i = 0; i < slots; ++i) {
-    more = more && ahead.next(extents, slabs, warp, per_turn);
+    more = more && ahead.next(items, count, offset, step);
     if (more) start(ahead, i);
   }
+  bool left = turn.next(items, count, offset, step);
   wait_for_kernel_before();
 
-  const Element* x = static_cast<const Element*>(call.input.data);
-  const int shift = 31 - __clz(C);
-  Turns<LISTS> turn;
-  bool left = turn.next(extents, slabs, warp, per_turn);
+  // x of this lane's token(s): 8 numbers from 8 t on of each 32.
+  const Element* x = static_cast<const Element*>(call.input.data) + g * call.input.token;
+  const int64_t group_stride = 8 * call.input.token;
   int slot = 0;
   uint32_t parity = 0;
-  for (int slab = 0; slab < slabs; ++slab) {
-    float sums[LISTS][GROUPS][4] = {};
+  // x of the turn whose copies are in `slot`; `valid`: bit j, whether there is a block, a column.
+  auto load_x = [&](uint4 (&of_tokens)[4][GROUPS], const Cursor& of, int at_slot) {
+    const int blocks = of.end - of.first, cols = int(call.pattern[of.item % LISTS].cols);
+    unsigned valid = 0;
 #pragma unroll
-    for (int list = 0; list < LISTS; ++list) {
-      const BlockSparsePattern& pattern = call.pattern[list];
-      const int64_t col_blocks = (pattern.cols + C - 1) / C;
-      float other[GROUPS][4] = {};  // two chains of products
-      while (left && turn.slab == slab && turn.list == list) {
-        const int blocks = int(min(extents[slab][list][1] - turn.first, int64_t(per_turn)));
-        mbarrier_wait(full + uint32_t(slot * 8), parity);
-        const uint32_t weights = ring + uint32_t(slot * kSlotBytes);
-        uint4 of_tokens[4][GROUPS], upper[4], lower[4];
+    for (int j = 0; j < 4; ++j) {
+      const int block = C >= 32 ? 32 * j / C : 2 * j + t / 2, within = (32 * j + 8 * t) % C;
+      uint32_t column = 0, high = 0;
+      const uint32_t header = headers + uint32_t(at_slot * 64 + block * 8);
+      asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(column) : "r"(header));
+      if (wide) asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(high) : "r"(header + 4));
+      // Columns out of range: 2^30 / C at most are within.
+      const uint32_t feature = column * C + within;
+      const bool good = block < blocks && high == 0 && column < (1u << 30) / C && feature < uint32_t(cols);
+      valid |= unsigned(good) << j;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int block = (32 * j + 8 * t) >> shift, within = (32 * j + 8 * t) & (C - 1);
-          const uint32_t header = headers + uint32_t(slot * kHeaderBytes + block * 8);
-          int64_t column = -1;
-          if (block < blocks) {
-            if (wide) {
-              asm volatile("ld.shared.b64 %0, [%1];\n" : "=l"(column) : "r"(header));
-            } else {
-              int32_t narrow;
-              asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(narrow) : "r"(header));
-              column = narrow;
-            }
-          }
-          const int64_t feature = column * C + within;
-          const bool valid = column >= 0 && column < col_blocks && feature < pattern.cols;
-#pragma unroll
-          for (int group = 0; group < GROUPS; ++group) {
-            const int token = 8 * group + g;
-            of_tokens[j][group] = load_tokens(x + token * call.input.token + feature, valid && token < tokens);
-          }
-          const uint32_t from = weights + uint32_t(block * piece + (g * C + within) * 2);
-          upper[j] = lower[j] = make_uint4(0, 0, 0, 0);
-          if (valid) upper[j] = load_weights(from), lower[j] = load_weights(from + uint32_t(8 * C * 2));
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const uint32_t a0[4] = {upper[j].x, lower[j].x, upper[j].y, lower[j].y};
-          const uint32_t a1[4] = {upper[j].z, lower[j].z, upper[j].w, lower[j].w};
-#pragma unroll
-          for (int group = 0; group < GROUPS; ++group) {
-            mma_m16n8k16<Element>(sums[list][group], a0, of_tokens[j][group].x, of_tokens[j][group].y);
-            mma_m16n8k16<Element>(other[group], a1, of_tokens[j][group].z, of_tokens[j][group].w);
-          }
-        }
-        __syncwarp();
-        more = more && ahead.next(extents, slabs, warp, per_turn);
-        if (more) start(ahead, slot);
-        if (++slot == slots) slot = 0, parity ^= 1;
-        left = turn.next(extents, slabs, warp, per_turn);
+      for (int group = 0; group < GROUPS; ++group) {
+        of_tokens[j][group] =
+            load_tokens(x + group * group_stride + (good ? feature : 0), good && 8 * group + g < tokens);
+      }
+    }
+    return valid;
+  };
+
+  // x of this turn and of the next, which trade places: a move would wait for the loads.
+  uint4 x_even[4][GROUPS], x_odd[4][GROUPS];
+  unsigned valid = 0;
+  bool odd = false;
+  if (left) {
+    mbarrier_wait(full, 0);
+    valid = load_x(x_even, turn, 0);
+  }
+  float* partial = reinterpret_cast<float*>(shared + layout.sums + warp * layout.sums_bytes);
+  const uint32_t of_lane = ring + uint32_t((g * C + 8 * t % C) * 2 + (C == 16 ? t / 2 * kPiece : 0));
+  for (int item = 0; item < count; ++item) {
+    float sums[2][GROUPS][4] = {};  // two chains of products
+    auto multiply = [&](const uint4 (&of_tokens)[4][GROUPS], uint4 (&of_next)[4][GROUPS]) {
+      const uint32_t weights = of_lane + uint32_t(slot * kSlotBytes);
+      const int next_slot = slot + 1 == slots ? 0 : slot + 1;
+      const uint32_t next_parity = parity ^ (next_slot == 0);
+      left = turn.next(items, count, offset, step);
+      unsigned next_valid = 0;
+      if (left) {
+        mbarrier_wait(full + uint32_t(next_slot * 8), next_parity);
+        next_valid = load_x(of_next, turn, next_slot);
       }
 #pragma unroll
-      for (int group = 0; group < GROUPS; ++group)
+      for (int j = 0; j < 4; ++j) {
+        constexpr int kPerBlock = C >= 32 ? C / 32 : 1;
+        const uint32_t from = weights + uint32_t(C >= 32 ? j / kPerBlock * kPiece + j % kPerBlock * 64 : 2 * j * kPiece);
+        uint4 upper = load_weights(from), lower = load_weights(from + uint32_t(8 * C * 2));
+        if (!(valid >> j & 1)) upper = lower = make_uint4(0, 0, 0, 0);
+        const uint32_t a0[4] = {upper.x, lower.x, upper.y, lower.y};
+        const uint32_t a1[4] = {upper.z, lower.z, upper.w, lower.w};
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sums[list][group][e] += other[group][e];
-    }
-
-    // [list][warp][token][row]
-    const int buffer = slab % kSums;
-    const uint32_t ready = shared_address(&sums_words[buffer][0]), empty = ready + 8;
-    const uint32_t phase = uint32_t(slab / kSums) & 1;
-    float* partial = reinterpret_cast<float*>(shared + layout.sums + buffer * layout.sums_bytes);
-    const int of_warp = tokens * kSlabRows, of_list = kWarps * of_warp;
-    mbarrier_wait(empty, phase ^ 1);
-#pragma unroll
-    for (int list = 0; list < LISTS; ++list)
-#pragma unroll
-      for (int group = 0; group < GROUPS; ++group)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int token = 8 * group + 2 * t + e % 2;
-          if (token < tokens) {
-            partial[list * of_list + warp * of_warp + token * kSlabRows + g + e / 2 * 8] = sums[list][group][e];
-          }
+        for (int group = 0; group < GROUPS; ++group) {
+          mma_m16n8k16<Element>(sums[0][group], a0, of_tokens[j][group].x, of_tokens[j][group].y);
+          mma_m16n8k16<Element>(sums[1][group], a1, of_tokens[j][group].z, of_tokens[j][group].w);
         }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(ready);
-    if (slab % kWarps != warp) continue;
-    mbarrier_wait(ready, phase);
-    const int64_t first = int64_t(slab_at(slab)) / call.slabs_of_block * R + slab_at(slab) % call.slabs_of_block * kSlabRows;
-    for (int i = lane; i < of_warp; i += 32) {
-      const int row = i % kSlabRows, token = i / kSlabRows;
-      const int64_t feature = first + row;
+      }
+      __syncwarp();
+      more = more && ahead.next(items, count, offset, step);
+      if (more) start(ahead, slot);
+      slot = next_slot, parity = next_parity, valid = next_valid, odd = !odd;
+    };
+    while (left && turn.item == item) {
+      if (odd) {
+        multiply(x_odd, x_even);
+      } else {
+        multiply(x_even, x_odd);
+      }
+    }
+    // [list][token][row]
+    const int list = item % LISTS, of_list = tokens * kSlabRows;
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int token = 8 * group + 2 * t + e % 2;
+        if (token < tokens) {
+          partial[list * of_list + token * kSlabRows + g + e / 2 * 8] = sums[0][group][e] + sums[1][group][e];
+        }
+      }
+    if (list != LISTS - 1) continue;
+    auto team_sync = [&] {
+      if (call.team == 1) {
+        __syncwarp();
+      } else {
+        named_barrier_sync(1 + team, call.team * 32);
+      }
+    };
+    team_sync();
+    const int slab = first_slab + item / LISTS * stride, row = slab / call.slabs_of_block;
+    const int first = row * call.pattern[0].block_rows + (slab - row * call.slabs_of_block) * kSlabRows;
+    const float* of_warp0 = reinterpret_cast<const float*>(shared + layout.sums + team * call.team * layout.sums_bytes);
+    for (int i = of_team * 32 + lane; i < of_list; i += call.team * 32) {
+      const int token = i / kSlabRows;
+      const int64_t feature = first + i % kSlabRows;
       if (feature >= call.out.features) continue;
       float sum = 0.f, gate = 0.f;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += partial[w * of_warp + i];
+      for (int w = 0; w < call.team; ++w) {
+        const float* of_warp = of_warp0 + w * (layout.sums_bytes / 4);
+        sum += of_warp[i];
+        if (LISTS == 2) gate += of_warp[of_list + i];
+      }
       if constexpr (LISTS == 2) {
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) gate += partial[of_list + w * of_warp + i];
         sum *= to_float(from_float<Element>(activate(call.out.activation, gate)));
       } else {
         sum = finish<Element>(call.out, sum, token, feature);
@@ -270,8 +286,7 @@ __global__ void __launch_bounds__(kThreads, 2) stream_tokens(const __grid_consta
       Element* to = static_cast<Element*>(call.out.output.data);
       to[token * call.out.output.token + feature * call.out.output.feature] = from_float<Element>(sum);
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(empty);
+    team_sync();
   }
 }
 
@@ -280,7 +295,7 @@ const char* refuses_weight(const BlockSparsePattern& w, const void* values) {
     return "values: supported are blocks of multiples of 16 rows and 16, 32, 64 or 128 columns";
   }
   if (w.cols % 8) return "columns of W: supported are multiples of 8";
-  if (std::max(w.cols, w.rows) > int64_t(1) << 30) return "weight: supported are up to 2^30 rows and columns";
+  if (std::max({w.cols, w.rows, w.nnz}) >= int64_t(1) << 30) return "weight: supported are below 2^30 rows and columns";
   return reinterpret_cast<uintptr_t>(values) % 16 ? "values: supported are addresses of 16 bytes" : nullptr;
 }
 
@@ -307,10 +322,18 @@ const char* refuses(const BlockSparseProduct& p, const CudaContext& context) {
 
 size_t workspace(const BlockSparseProduct&, const CudaContext&) { return 0; }
 
+using StreamKernel = void (*)(StreamCall);
+
+template <class Element, int C>
+StreamKernel kernel_of(bool gated, bool many) {
+  if (gated) return many ? stream_tokens<Element, C, 2, 2> : stream_tokens<Element, C, 1, 2>;
+  return many ? stream_tokens<Element, C, 2, 1> : stream_tokens<Element, C, 1, 1>;
+}
 template <class Element>
-void (*kernel_of(bool gated, bool many))(StreamCall) {
-  if (gated) return many ? stream_tokens<Element, 2, 2> : stream_tokens<Element, 1, 2>;
-  return many ? stream_tokens<Element, 2, 1> : stream_tokens<Element, 1, 1>;
+StreamKernel kernel_of(int columns, bool gated, bool many) {
+  if (columns == 128) return kernel_of<Element, 128>(gated, many);
+  if (columns == 64) return kernel_of<Element, 64>(gated, many);
+  return columns == 32 ? kernel_of<Element, 32>(gated, many) : kernel_of<Element, 16>(gated, many);
 }
 
 Status product(const BlockSparseProduct& p, const CudaContext& context) {
@@ -323,18 +346,26 @@ Status product(const BlockSparseProduct& p, const CudaContext& context) {
   call.out = output_of(p);
   call.slabs_of_block = p.pattern.block_rows / kSlabRows;
   call.slabs = int(p.pattern.row_blocks() * call.slabs_of_block);
-  call.lists = p.gate ? 2 : 1;
+  const int lists = p.gate ? 2 : 1;
   // Two kernels of an MLP share a multiprocessor; else one has it alone.
   call.slots = p.follows ? (p.tokens > 8 ? 2 : 3) : p.gate ? 3 : kMostSlots;
-  const int bytes = Layout(call).bytes;
-  void (*kernel)(StreamCall) = p.dtype == DType::bf16 ? kernel_of<__nv_bfloat16>(p.gate, p.tokens > 8)
-                                                      : kernel_of<__half>(p.gate, p.tokens > 8);
+  // One slab for a warp, if there are as many; of more, two warps share one, so that all end at about the same time.
+  const int64_t warps = int64_t(context.multiprocessors) * kWarps;
+  call.team = 1;
+  while (call.team < kWarps && 4 * int64_t(call.slabs) * call.team < 3 * warps) call.team *= 2;
+  if (call.team == 1 && call.slabs > warps) call.team = 2;
+  const int teams = kWarps / call.team, most = teams * (kMostItems / lists);
+  const int ctas = std::max(std::min(context.multiprocessors, (call.slabs + teams - 1) / teams),
+                            (call.slabs + most - 1) / most);
+  const int bytes = Layout(call, lists).bytes;
+  const StreamKernel kernel = p.dtype == DType::bf16
+                                  ? kernel_of<__nv_bfloat16>(p.pattern.block_cols, p.gate, p.tokens > 8)
+                                  : kernel_of<__half>(p.pattern.block_cols, p.gate, p.tokens > 8);
   const cudaError_t code = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (code != cudaSuccess) return status_of(code, "setting the product's shared memory");
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(std::min(
-      call.slabs, std::max(context.multiprocessors, (call.slabs + kMostSlabs - 1) / kMostSlabs))));
+  config.gridDim = dim3(unsigned(ctas));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = size_t(bytes);
   config.stream = static_cast<cudaStream_t>(context.stream);
