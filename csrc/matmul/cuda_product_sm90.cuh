@@ -2,8 +2,7 @@
 //
 // D is a tile of y^T: 128 features of a block row x 256 tokens, or, of a block row of 64, 64 x 512 (see
 // cuda_mainloop_sm90.cuh). CTAs stay, one a multiprocessor, and walk the tiles; the loading warp runs ahead of the two
-// warpgroups that multiply, into the next tile while they write this one, which they do while the next one's products
-// run (5 % of blocks of 128: XXX). The step that an index out of range would be
+// warpgroups that multiply, into the next tile while they write this one. The step that an index out of range would be
 // is loaded from outside of both tensors: zeros.
 //
 // Output: where features are contiguous and aligned the sums are finished in registers (bias, activation), rounded,
@@ -33,6 +32,52 @@ struct ProductCall90 {
 /// What a kernel does with its sums. Bias and activation in registers cost code, so only x W^T has them.
 enum class Mode { any, finishing, gated };
 
+/// Lists in the order in which CTAs take them: long ones first, so that those of a round take equally long. (Of random
+/// blocks of 128 at 20 %, 27 tiles of a CTA were 18 % longer than the mean in one of 132.) Every CTA sorts for itself.
+/// Beyond kMost lists they stay in place.
+struct ListOrder {
+  static constexpr int kMost = 448, kBytes = kMost * 2;
+
+  uint32_t place;  // in shared memory
+  bool sorted;
+
+  /// All threads; `lengths` has room for kMost. A barrier comes before the first use.
+  template <Mode MODE>
+  __device__ __forceinline__ void sort(const ProductCall90& arguments, int* lengths) {
+    const int lists = int(arguments.call.lists);
+    sorted = arguments.call.lists <= kMost;
+    if (!sorted) return;
+    for (int i = int(threadIdx.x); i < lists; i += kThreads90) {
+      const Extent extent = list_extent(arguments.call.offsets, i, arguments.call.pattern.nnz);
+      int64_t length = extent.end - extent.begin;
+      if constexpr (MODE == Mode::gated) {
+        const Extent gate = list_extent(arguments.gate.offsets, i, arguments.gate.pattern.nnz);
+        length += gate.end - gate.begin;
+      }
+      lengths[i] = int(min(length, int64_t(INT32_MAX)));
+    }
+    __syncthreads();
+    for (int i = int(threadIdx.x); i < lists; i += kThreads90) {
+      const int own = lengths[i];
+      int rank = 0;
+      for (int j = 0; j < lists; ++j) rank += lengths[j] > own || (lengths[j] == own && j < i);
+      asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(place + uint32_t(rank * 2)), "h"(uint16_t(i)) : "memory");
+    }
+  }
+  __device__ __forceinline__ int32_t at(unsigned rank) const {
+    if (!sorted) return int32_t(rank);
+    uint16_t list;
+    asm volatile("ld.shared.b16 %0, [%1];\n" : "=h"(list) : "r"(place + rank * 2));
+    return list;
+  }
+};
+
+/// The tile of this CTA in round `round`: every other one goes backwards, as lists are sorted.
+__device__ __forceinline__ int32_t tile_of_round(int32_t round) {
+  const int32_t ctas = int32_t(gridDim.x), cta = int32_t(blockIdx.x);
+  return round * ctas + (round & 1 ? ctas - 1 - cta : cta);
+}
+
 /// A tile, and where the lists of its features begin and end.
 struct Work {
   int32_t token_tile, list, part;
@@ -40,7 +85,7 @@ struct Work {
 };
 /// As tile_at, in 32 bits; loads the extents.
 template <bool SPLIT, Mode MODE>
-__device__ __forceinline__ Work work_at(const ProductCall90& arguments, int32_t at) {
+__device__ __forceinline__ Work work_at(const ProductCall90& arguments, const ListOrder& order, int32_t at) {
   constexpr unsigned kGroup = SPLIT ? 8 : 4;
   const ProductCall& call = arguments.call;
   if (at >= arguments.tiles) return {0, 0, 0, {0, 0}, {0, 0}};
@@ -49,8 +94,9 @@ __device__ __forceinline__ Work work_at(const ProductCall90& arguments, int32_t 
   const unsigned size = min(kGroup, unsigned(call.token_tiles) - group * kGroup), feature_tile = within / size;
   Work work;
   work.token_tile = int32_t(group * kGroup + within - feature_tile * size);
-  work.list = int32_t(feature_tile / unsigned(call.parts));
-  work.part = int32_t(feature_tile - unsigned(work.list) * unsigned(call.parts));
+  const unsigned rank = feature_tile / unsigned(call.parts);
+  work.list = order.at(rank);
+  work.part = int32_t(feature_tile - rank * unsigned(call.parts));
   work.extent = list_extent(call.offsets, work.list, call.pattern.nnz);
   if constexpr (MODE == Mode::gated) {
     work.gate = list_extent(arguments.gate.offsets, work.list, arguments.gate.pattern.nnz);
@@ -61,21 +107,6 @@ __device__ __forceinline__ Work work_at(const ProductCall90& arguments, int32_t 
 /// Steps of a list: one, of zeros, if it has no entries.
 __device__ __forceinline__ int32_t steps_of(const ProductCall& call, const Extent& extent) {
   return max(int32_t(extent.end - extent.begin), 1) * (call.inner_size / 64);
-}
-
-/// What those that multiply need of a tile.
-struct Turn {
-  int32_t token, feature, steps, gate_steps;
-};
-template <bool SPLIT, Mode MODE>
-__device__ __forceinline__ Turn turn_at(const ProductCall90& arguments, int32_t at, int group) {
-  const Work work = work_at<SPLIT, MODE>(arguments, at);
-  Turn turn;
-  turn.token = work.token_tile * Step<SPLIT>::kN + Step<SPLIT>::n_of(group);
-  turn.feature = work.list * arguments.call.list_size + work.part * Step<SPLIT>::kM + Step<SPLIT>::m_of(group);
-  turn.steps = steps_of(arguments.call, work.extent);
-  turn.gate_steps = MODE == Mode::gated ? steps_of(arguments.gate, work.gate) : 0;
-  return turn;
 }
 
 /// Shared memory of the epilogue, of one warpgroup: whole tiles of 64 features x 32 tokens of 16 bits, or 16 tokens x
@@ -90,7 +121,7 @@ struct Epilogue90 {
 
 template <bool SPLIT>
 constexpr int kProductBytes90 =
-    Step<SPLIT>::kRingBytes + 2 * Epilogue90<SPLIT>::kBytes + Pipeline<SPLIT>::kBarrierBytes;
+    Step<SPLIT>::kRingBytes + 2 * Epilogue90<SPLIT>::kBytes + Pipeline<SPLIT>::kBarrierBytes + ListOrder::kBytes;
 
 __device__ __forceinline__ void store_matrices_transposed(uint32_t address, const uint32_t (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(r[0]),
@@ -169,15 +200,16 @@ __device__ __forceinline__ void load_list(const CUtensorMap& x, const CUtensorMa
 /// The warp that loads. Offsets are read two tiles ahead, the first entries of a list one, so that a list that is short
 /// does not wait for memory three times.
 template <bool TA, bool TB, bool SPLIT, Mode MODE>
-__device__ __forceinline__ void load_tiles(const ProductCall90& arguments, Pipeline<SPLIT> pipeline) {
+__device__ __forceinline__ void load_tiles(const ProductCall90& arguments, const ListOrder& order,
+                                           Pipeline<SPLIT> pipeline) {
   const ProductCall &call = arguments.call, &gate = arguments.gate;
   constexpr bool kGated = MODE == Mode::gated;
-  Work work = work_at<SPLIT, MODE>(arguments, int32_t(blockIdx.x));
-  Work next = work_at<SPLIT, MODE>(arguments, int32_t(blockIdx.x + gridDim.x));
+  Work work = work_at<SPLIT, MODE>(arguments, order, tile_of_round(0));
+  Work next = work_at<SPLIT, MODE>(arguments, order, tile_of_round(1));
   Entries entries = read_entries<TA>(call, work.extent, work.extent.begin), gate_entries = {-1, 0};
   if (kGated) gate_entries = read_entries<TA>(gate, work.gate, work.gate.begin);
-  for (int32_t at = int32_t(blockIdx.x); at < arguments.tiles; at += int32_t(gridDim.x)) {
-    const Work after = work_at<SPLIT, MODE>(arguments, at + 2 * int32_t(gridDim.x));
+  for (int32_t round = 0; tile_of_round(round) < arguments.tiles; ++round) {
+    const Work after = work_at<SPLIT, MODE>(arguments, order, tile_of_round(round + 2));
     const Entries next_entries = read_entries<TA>(call, next.extent, next.extent.begin);
     Entries next_gate_entries = {-1, 0};
     if (kGated) next_gate_entries = read_entries<TA>(gate, next.gate, next.gate.begin);
@@ -216,68 +248,36 @@ __device__ __forceinline__ float2 unpack(uint32_t two) {
   }
 }
 
-/// A warpgroup's finished sums, rounded, on their way to y: 64 features x 32 tokens at a time, while the products of the
-/// next tile run. d[4 j + 2 r + c] of a thread is feature 16 warp + lane / 4 + 8 r, token 8 j + 2 (lane % 4) + c.
-template <int BUFFERS>
-struct Pending {
-  static constexpr int kParts = 8;
-
-  uint32_t sums[kSums / 2];
-  int part = kParts;  // the next to go
-  int32_t token = 0, feature = 0;
-
-  template <class Element>
-  __device__ __forceinline__ void set(const float (&d)[kSums], int32_t at_token, int32_t at_feature) {
+/// d[4 j + 2 r + c] of a thread is feature 16 warp + lane / 4 + 8 r, token 8 j + 2 (lane % 4) + c of its warpgroup.
+template <class Element, int BUFFERS>
+__device__ __forceinline__ void store_plain(const ProductCall90& arguments, const float (&d)[kSums], uint32_t staging,
+                                            int64_t token, int64_t feature, int group) {
+  const int thread = int(threadIdx.x) % kGroupThreads, warp = thread / 32, lane = thread % 32;
+  // Lane l gives the address of row l % 8 (a token) of matrix l / 8: (r, j) = (0, 0), (1, 0), (0, 1), (1, 1).
+  const int row = lane / 16 * 8 + lane % 8, chunk = 2 * warp + lane / 8 % 2;
+  const uint32_t to = staging + uint32_t(row * 128 + ((chunk ^ (row & 7)) * 16));
 #pragma unroll
-    for (int i = 0; i < kSums / 2; ++i) sums[i] = pack<Element>(d[2 * i], d[2 * i + 1]);
-    token = at_token, feature = at_feature, part = 0;
-  }
-  template <int PART>
-  __device__ __forceinline__ void stage(uint32_t to) const {
+  for (int q = 0; q < 8; ++q) {
+    if (token + 32 * q >= arguments.call.out.tokens) break;
+    // The tile before may have ended with either buffer.
+    if (thread == 0) q == 0 ? tma_store_wait_read_but<0>() : tma_store_wait_read_but<BUFFERS - 1>();
+    named_barrier_sync(1 + group, kGroupThreads);
+    const uint32_t buffer = uint32_t(q % BUFFERS * (64 * 32 * 2));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int at = 8 * PART + 4 * half;
-      const uint32_t four[4] = {sums[at], sums[at + 1], sums[at + 2], sums[at + 3]};
-      store_matrices_transposed(to + uint32_t(half * 16 * 128), four);
-    }
-  }
-  __device__ __forceinline__ void store_part(const ProductCall90& arguments, uint32_t staging, int group) {
-    const int thread = int(threadIdx.x) % kGroupThreads, warp = thread / 32, lane = thread % 32;
-    if (token + 32 * part >= arguments.call.out.tokens) {
-      part = kParts;
-      return;
-    }
-    // Lane l gives the address of row l % 8 (a token) of matrix l / 8: (r, j) = (0, 0), (1, 0), (0, 1), (1, 1).
-    const int row = lane / 16 * 8 + lane % 8, chunk = 2 * warp + lane / 8 % 2;
-    const uint32_t buffer = staging + uint32_t(part % BUFFERS * (64 * 32 * 2));
-    const uint32_t to = buffer + uint32_t(row * 128 + ((chunk ^ (row & 7)) * 16));
-    // The tile before may have ended with either buffer.
-    if (thread == 0) part == 0 ? tma_store_wait_read_but<0>() : tma_store_wait_read_but<BUFFERS - 1>();
-    named_barrier_sync(1 + group, kGroupThreads);
-    switch (part) {
-      case 0: stage<0>(to); break;
-      case 1: stage<1>(to); break;
-      case 2: stage<2>(to); break;
-      case 3: stage<3>(to); break;
-      case 4: stage<4>(to); break;
-      case 5: stage<5>(to); break;
-      case 6: stage<6>(to); break;
-      case 7: stage<7>(to); break;
+      const int at = 4 * (4 * q + 2 * half);
+      const uint32_t packed[4] = {pack<Element>(d[at], d[at + 1]), pack<Element>(d[at + 2], d[at + 3]),
+                                  pack<Element>(d[at + 4], d[at + 5]), pack<Element>(d[at + 6], d[at + 7])};
+      store_matrices_transposed(to + buffer + uint32_t(half * 16 * 128), packed);
     }
     fence_async_proxy();
     named_barrier_sync(1 + group, kGroupThreads);
     if (thread == 0) {
-      tma_store(&arguments.y, buffer, feature, token + 32 * part, 0, 0);
+      tma_store(&arguments.y, staging + buffer, int32_t(feature), int32_t(token) + 32 * q, 0, 0);
       tma_store_commit();
     }
-    ++part;
   }
-  /// Up to `parts` of what is left.
-  __device__ __forceinline__ void store(const ProductCall90& arguments, uint32_t staging, int group, int parts) {
-#pragma unroll 1
-    for (int i = 0; i < parts && part < kParts; ++i) store_part(arguments, staging, group);
-  }
-};
+}
 
 template <class Element>
 __device__ __forceinline__ void store_finished(const ProductCall90& arguments, const float (&d)[kSums], float* staging,
@@ -346,37 +346,36 @@ __global__ void __launch_bounds__(kThreads90, 1) product_kernel_90(const __grid_
   pipeline.stages = base;
   pipeline.barriers = base + Step<SPLIT>::kRingBytes + 2 * Epilogue90<SPLIT>::kBytes;
   if (threadIdx.x == 0) pipeline.init();
+  ListOrder order;
+  order.place = pipeline.barriers + Pipeline<SPLIT>::kBarrierBytes;
+  order.template sort<MODE>(arguments, reinterpret_cast<int*>(shared));
+  fence_async_proxy();  // the ring was scratch
   __syncthreads();
   const ProductCall& call = arguments.call;
   const int group = int(threadIdx.x) / kGroupThreads;
   if (group == 2) {
     fewer_registers<40>();
-    if (threadIdx.x < 2 * kGroupThreads + 32) load_tiles<TA, TB, SPLIT, MODE>(arguments, pipeline);
+    if (threadIdx.x < 2 * kGroupThreads + 32) load_tiles<TA, TB, SPLIT, MODE>(arguments, order, pipeline);
     return;
   }
   more_registers<232>();
   const int staging = Step<SPLIT>::kRingBytes + group * Epilogue90<SPLIT>::kBytes;
-  const int b_of = Step<SPLIT>::b_of(group);
   float d[kSums];
-  Pending<Epilogue90<SPLIT>::kBuffers> pending;
-  Turn next = turn_at<SPLIT, MODE>(arguments, int32_t(blockIdx.x), group);
-  for (int32_t at = int32_t(blockIdx.x); at < arguments.tiles; at += int32_t(gridDim.x)) {
-    const Turn turn = next;
-    next = turn_at<SPLIT, MODE>(arguments, at + int32_t(gridDim.x), group);  // arrives during the products
-    const int32_t first_steps = MODE == Mode::gated ? turn.gate_steps : turn.steps;
-    const int parts = first_steps >= 8 ? 1 : first_steps >= 4 ? 2 : first_steps >= 2 ? 4 : 8;
-    auto store_before = [&] { pending.store(arguments, base + staging, group, parts); };
+  Work work = work_at<SPLIT, MODE>(arguments, order, tile_of_round(0));
+  for (int32_t round = 0; tile_of_round(round) < arguments.tiles; ++round) {
+    const Work next = work_at<SPLIT, MODE>(arguments, order, tile_of_round(round + 1));  // arrives during the products
     [[maybe_unused]] uint32_t kept[MODE == Mode::gated ? kSums / 2 : 1];
     if constexpr (MODE == Mode::gated) {
-      multiply<Element, TA, TB, SPLIT>(d, pipeline, turn.gate_steps, group, b_of, store_before);
+      multiply<Element, TA, TB, SPLIT>(d, pipeline, steps_of(arguments.gate, work.gate), group, Step<SPLIT>::b_of(group));
       finish_sums(d, call.out.activation, 0.f, 0.f);
 #pragma unroll
       for (int i = 0; i < kSums / 2; ++i) kept[i] = pack<Element>(d[2 * i], d[2 * i + 1]);
-      multiply<Element, TA, TB, SPLIT>(d, pipeline, turn.steps, group, b_of);
-    } else {
-      multiply<Element, TA, TB, SPLIT>(d, pipeline, turn.steps, group, b_of, store_before);
     }
-    const int32_t token = turn.token, feature = turn.feature;
+    multiply<Element, TA, TB, SPLIT>(d, pipeline, steps_of(call, work.extent), group, Step<SPLIT>::b_of(group));
+    const int64_t token = int64_t(work.token_tile) * Step<SPLIT>::kN + Step<SPLIT>::n_of(group);
+    const int64_t feature =
+        int64_t(work.list) * call.list_size + work.part * Step<SPLIT>::kM + Step<SPLIT>::m_of(group);
+    work = next;
     if (feature >= call.out.features) continue;
     if constexpr (MODE == Mode::gated) {
 #pragma unroll
@@ -395,15 +394,12 @@ __global__ void __launch_bounds__(kThreads90, 1) product_kernel_90(const __grid_
       finish_sums(d, call.out.activation, bias[0], bias[1]);
     }
     if (MODE != Mode::any || arguments.plain) {
-      pending.template set<Element>(d, token, feature);
+      store_plain<Element, Epilogue90<SPLIT>::kBuffers>(arguments, d, base + staging, token, feature, group);
     } else {
       store_finished<Element>(arguments, d, reinterpret_cast<float*>(shared + staging), token, feature, group);
     }
   }
-  if (MODE != Mode::any || arguments.plain) {
-    pending.store(arguments, base + staging, group, 8);
-    tma_store_wait_read();
-  }
+  if (MODE != Mode::any || arguments.plain) tma_store_wait_read();
 }
 
 /// In cuda_product_sm90_<dtype>.cu: a kernel, its shared memory. Modes other than `any` are of x W^T alone.
