@@ -88,6 +88,23 @@ def test_every_block_counts_once(dtype, block_size, seed):
         assert torch.equal(block_sddmm(y.t(), x, matrix).cpu(), want)
 
 
+@pytest.mark.parametrize("block_size", [(16, 16), (32, 32), (16, 32), (32, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_many_small_blocks(dtype, block_size, seed):
+    """Enough tiles for the kernels in which block rows share x, with parts of tiles and blocks beyond the matrix."""
+    tokens, features, inner = 1000, 4104, 1048
+    for transposed in (False, True):
+        shape = (inner, features) if transposed else (features, inner)
+        matrix, dense = cuda_weight(shape, block_size, 0.3, dtype, order="shuffled")
+        operand = dense.cuda() if transposed else dense.cuda().t()
+        x, bias = torch.randn(tokens, inner).to(dtype).cuda(), torch.randn(features).to(dtype).cuda()
+        sums = x.double() @ operand
+        got = block_sparse_linear(x, matrix, transposed=transposed)
+        assert_product("plain", got.cpu(), sums.cpu(), dtype)
+        got = block_sparse_linear(x, matrix, bias, "silu", transposed=transposed)
+        assert_product("finished", got.cpu(), ACTIVATIONS["silu"](sums + bias.double()).cpu(), dtype)
+
+
 def test_mlp_and_gradients(seed):
     """Forward and backward of a gated MLP of blocks of 64 and 128 beside the dense one in float64."""
     gate, up = (cuda_weight((512, 384), (64, 64), 0.5) for _ in range(2))

@@ -4,9 +4,9 @@
 //
 // A slab is 16 rows of a block row; of each block they are contiguous. A team of 1 to 8 warps takes slabs one after the
 // other; its warps take turns along the blocks of a slab, 128 columns a turn, each with a ring of its own that it fills
-// past the end of the slab into the next ones: the first copies need nothing but the offsets. Products are those of the
-// kernel for sm_80 (cuda_few_tokens_sm80.cu): weights are the A operand of mma.sync. x of a turn is read while the turn
-// before is multiplied. Partial sums of a team meet in shared memory and are added in the order of its warps.
+// past the end of the slab into the next ones: the first copies need nothing but the offsets. What a turn needs of x
+// comes into its slot by cp.async. Products are those of the kernel for sm_80 (cuda_few_tokens_sm80.cu): weights are the
+// A operand of mma.sync. Partial sums of a team meet in shared memory and are added in the order of its warps.
 //
 // Bound: memory, the stored weights; but a turn must cost few instructions (a first version of 600 took 44 us for 107
 // MB, in caches or not). In a product that `follows`, as many weights as the rings hold are there before the product
@@ -27,7 +27,7 @@ using namespace sparsekit::cuda;
 
 constexpr int kMostTokens = 16, kTurn = 128;  // columns
 constexpr int kWarps = 8, kThreads = kWarps * 32, kSlabRows = 16;
-constexpr int kSlotBytes = kSlabRows * kTurn * 2, kMostSlots = 6, kMostItems = 64;  // of a warp; of a team
+constexpr int kWeightBytes = kSlabRows * kTurn * 2, kMostSlots = 6, kMostItems = 32;  // of a warp; of a team
 
 struct StreamCall {
   BlockSparsePattern pattern[2];  // W, and the gate
@@ -35,14 +35,15 @@ struct StreamCall {
   TokensView<const void*> input;
   Output out;
   int slabs_of_block, slabs, slots, team;  // warps of a team
+  int slot_bytes;                          // weights, then [tokens][128] of x
 };
 
-/// Shared memory: slots of all warps, their headers (64 bytes: columns), partial sums.
+/// Shared memory: slots of all warps, their headers (32 bytes: columns), partial sums.
 struct Layout {
   int headers, sums, sums_bytes, bytes;
   __host__ __device__ Layout(const StreamCall& call, int lists) {
-    headers = kWarps * call.slots * kSlotBytes;
-    sums = headers + kWarps * call.slots * 64;
+    headers = kWarps * call.slots * call.slot_bytes;
+    sums = headers + kWarps * call.slots * 32;
     sums_bytes = lists * int(call.out.tokens) * kSlabRows * 4;  // of a warp
     bytes = sums + kWarps * sums_bytes;
   }
@@ -52,25 +53,14 @@ __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddep
 __device__ __forceinline__ void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
 }
-/// An index to shared memory; arrive_after_copies then counts as one arrival when this lane's copies have landed.
-template <int BYTES>
-__device__ __forceinline__ void copy_index(uint32_t to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;\n" ::"r"(to), "l"(from), "n"(BYTES) : "memory");
+/// 16 bytes to shared memory, or zeros; arrive_after_copies counts as one arrival when this lane's copies have landed.
+__device__ __forceinline__ void copy_16(uint32_t to, const void* from, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
 }
-/// 16 bytes of x, or zeros: written by a kernel that may still run when this one begins.
-__device__ __forceinline__ uint4 load_tokens(const void* from, bool there) {
-  uint4 v;
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(from), "r"(int(there)));
-  return v;
-}
-__device__ __forceinline__ uint4 load_weights(uint32_t from) {
+__device__ __forceinline__ uint4 load_chunk(uint32_t from) {
   uint4 v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -112,9 +102,8 @@ __global__ void __launch_bounds__(kThreads, 2) stream_tokens(const __grid_consta
   const int slots = call.slots, tokens = int(call.out.tokens);
   const int64_t block_bytes = int64_t(call.pattern[0].block_rows) * C * 2;
   const uint32_t full = shared_address(full_words[warp]);
-  const uint32_t ring = shared_address(shared) + uint32_t(warp * slots * kSlotBytes);
-  const uint32_t headers = shared_address(shared) + uint32_t(layout.headers + warp * slots * 64);
-  const bool wide = call.pattern[0].col.wide;
+  const uint32_t ring = shared_address(shared) + uint32_t(warp * slots * call.slot_bytes);
+  const uint32_t headers = shared_address(shared) + uint32_t(layout.headers + warp * slots * 32);
 
   // Slab k of a team is k * stride + first_slab: the slabs of a block row, as long as one another, are of many teams.
   const int first_slab = team * int(gridDim.x) + int(blockIdx.x), stride = teams * int(gridDim.x);
@@ -128,15 +117,14 @@ __global__ void __launch_bounds__(kThreads, 2) stream_tokens(const __grid_consta
                 static_cast<const char*>(call.values[list]) + (slab - row * call.slabs_of_block) * kPiece};
   }
   if (lane == 0) {
-    for (int i = 0; i < slots; ++i) mbarrier_init(full + uint32_t(i * 8), 1 + kBlocks);
+    for (int i = 0; i < slots; ++i) mbarrier_init(full + uint32_t(i * 8), 33);
     mbarrier_fence_init();
   }
   __syncthreads();
   let_next_kernel_start();
 
-  // Starts the copies of a turn into a slot.
-  auto start = [&](const Cursor& turn, int slot) {
-    if (lane >= kBlocks) return;
+  // Starts the copies of a turn into a slot: its weights; its columns (of lane b's block; nowhere: -1), then x.
+  auto start_weights = [&](const Cursor& turn, int slot) {
     const int blocks = min(turn.end - turn.first, kBlocks);
     const uint32_t barrier = full + uint32_t(slot * 8);
     if (lane == 0) {
@@ -144,106 +132,105 @@ __global__ void __launch_bounds__(kThreads, 2) stream_tokens(const __grid_consta
       mbarrier_arrive(barrier);
     }
     if (lane < blocks) {
-      const int at = turn.first + lane;
-      bulk_load(ring + uint32_t(slot * kSlotBytes + lane * kPiece), items[turn.item].values + at * block_bytes, kPiece,
-                barrier);
-      const void* col = call.pattern[turn.item % LISTS].col.data;
-      const uint32_t to = headers + uint32_t(slot * 64 + lane * 8);
-      if (wide) {
-        copy_index<8>(to, static_cast<const int64_t*>(col) + at);
-      } else {
-        copy_index<4>(to, static_cast<const int32_t*>(col) + at);
-      }
+      bulk_load(ring + uint32_t(slot * call.slot_bytes + lane * kPiece),
+                items[turn.item].values + (turn.first + lane) * block_bytes, kPiece, barrier);
     }
-    arrive_after_copies(barrier);
+  };
+  auto column_of = [&](const Cursor& turn) -> int32_t {
+    if (lane >= min(turn.end - turn.first, kBlocks)) return -1;
+    const BlockSparsePattern& pattern = call.pattern[turn.item % LISTS];
+    const int64_t column = index_at(pattern.col, turn.first + lane);
+    return column >= 0 && column < (int64_t(1) << 30) / C && column * C < pattern.cols ? int32_t(column) : -1;
+  };
+  const Element* x = static_cast<const Element*>(call.input.data);
+  auto start_x = [&](const Cursor& turn, int slot, int32_t column) {
+    const int cols = int(call.pattern[turn.item % LISTS].cols);
+    if (lane < kBlocks) {
+      asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(headers + uint32_t(slot * 32 + lane * 4)), "r"(column) : "memory");
+    }
+    const uint32_t to = ring + uint32_t(slot * call.slot_bytes + kWeightBytes);
+    const int chunk = lane % 16, within = chunk * 8 % C;
+    const int feature = __shfl_sync(0xffffffffu, column, chunk * 8 / C) * C + within;
+    for (int token = lane / 16; token < tokens; token += 2) {
+      const bool there = feature >= 0 && feature < cols;
+      copy_16(to + uint32_t(token * 256 + (chunk ^ (token & 1) << 2) * 16),
+              x + token * call.input.token + (there ? feature : 0), there);
+    }
+    arrive_after_copies(full + uint32_t(slot * 8));
+    __syncwarp();  // the columns, before any lane reads them
   };
 
   const int offset = of_team * kBlocks, step = call.team * kBlocks;
-  Cursor ahead, turn;
+  Cursor ahead;
   bool more = true;
+  Cursor firsts = ahead;
   for (int i = 0; i < slots; ++i) {
     more = more && ahead.next(items, count, offset, step);
-    if (more) start(ahead, i);
+    if (more) start_weights(ahead, i);
   }
-  bool left = turn.next(items, count, offset, step);
+  int32_t columns[kMostSlots];
+#pragma unroll
+  for (int i = 0; i < kMostSlots; ++i) {
+    columns[i] = -1;
+    if (i < slots && firsts.next(items, count, offset, step)) columns[i] = column_of(firsts);
+  }
+  int32_t column = -1;  // of the turn to start next
+  more = more && ahead.next(items, count, offset, step);
+  if (more) column = column_of(ahead);
   wait_for_kernel_before();
+  Cursor turn;
+#pragma unroll
+  for (int i = 0; i < kMostSlots; ++i) {
+    if (i < slots && turn.next(items, count, offset, step)) start_x(turn, i, columns[i]);
+  }
+  turn = Cursor();
+  bool left = turn.next(items, count, offset, step);
 
-  // x of this lane's token(s): 8 numbers from 8 t on of each 32.
-  const Element* x = static_cast<const Element*>(call.input.data) + g * call.input.token;
-  const int64_t group_stride = 8 * call.input.token;
   int slot = 0;
   uint32_t parity = 0;
-  // x of the turn whose copies are in `slot`; `valid`: bit j, whether there is a block, a column.
-  auto load_x = [&](uint4 (&of_tokens)[4][GROUPS], const Cursor& of, int at_slot) {
-    const int blocks = of.end - of.first, cols = int(call.pattern[of.item % LISTS].cols);
-    unsigned valid = 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int block = C >= 32 ? 32 * j / C : 2 * j + t / 2, within = (32 * j + 8 * t) % C;
-      uint32_t column = 0, high = 0;
-      const uint32_t header = headers + uint32_t(at_slot * 64 + block * 8);
-      asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(column) : "r"(header));
-      if (wide) asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(high) : "r"(header + 4));
-      // Columns out of range: 2^30 / C at most are within.
-      const uint32_t feature = column * C + within;
-      const bool good = block < blocks && high == 0 && column < (1u << 30) / C && feature < uint32_t(cols);
-      valid |= unsigned(good) << j;
-#pragma unroll
-      for (int group = 0; group < GROUPS; ++group) {
-        of_tokens[j][group] =
-            load_tokens(x + group * group_stride + (good ? feature : 0), good && 8 * group + g < tokens);
-      }
-    }
-    return valid;
-  };
-
-  // x of this turn and of the next, which trade places: a move would wait for the loads.
-  uint4 x_even[4][GROUPS], x_odd[4][GROUPS];
-  unsigned valid = 0;
-  bool odd = false;
-  if (left) {
-    mbarrier_wait(full, 0);
-    valid = load_x(x_even, turn, 0);
-  }
   float* partial = reinterpret_cast<float*>(shared + layout.sums + warp * layout.sums_bytes);
   const uint32_t of_lane = ring + uint32_t((g * C + 8 * t % C) * 2 + (C == 16 ? t / 2 * kPiece : 0));
+  const uint32_t x_of_lane = ring + uint32_t(kWeightBytes + g * 256);
   for (int item = 0; item < count; ++item) {
     float sums[2][GROUPS][4] = {};  // two chains of products
-    auto multiply = [&](const uint4 (&of_tokens)[4][GROUPS], uint4 (&of_next)[4][GROUPS]) {
-      const uint32_t weights = of_lane + uint32_t(slot * kSlotBytes);
-      const int next_slot = slot + 1 == slots ? 0 : slot + 1;
-      const uint32_t next_parity = parity ^ (next_slot == 0);
-      left = turn.next(items, count, offset, step);
-      unsigned next_valid = 0;
-      if (left) {
-        mbarrier_wait(full + uint32_t(next_slot * 8), next_parity);
-        next_valid = load_x(of_next, turn, next_slot);
-      }
+    const int cols = int(call.pattern[item % LISTS].cols);
+    while (left && turn.item == item) {
+      const uint32_t at = uint32_t(slot * call.slot_bytes);
+      mbarrier_wait(full + uint32_t(slot * 8), parity);
+      int32_t column_here = -1;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
+        if (C < 32 || 32 * j % C == 0) {
+          const int block = C >= 32 ? 32 * j / C : 2 * j + t / 2;
+          asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(column_here) : "r"(headers + uint32_t(slot * 32 + block * 4)));
+        }
+        const bool valid = column_here >= 0 && column_here * C + (32 * j + 8 * t) % C < cols;
         constexpr int kPerBlock = C >= 32 ? C / 32 : 1;
-        const uint32_t from = weights + uint32_t(C >= 32 ? j / kPerBlock * kPiece + j % kPerBlock * 64 : 2 * j * kPiece);
-        uint4 upper = load_weights(from), lower = load_weights(from + uint32_t(8 * C * 2));
-        if (!(valid >> j & 1)) upper = lower = make_uint4(0, 0, 0, 0);
+        const uint32_t from =
+            of_lane + at + uint32_t(C >= 32 ? j / kPerBlock * kPiece + j % kPerBlock * 64 : 2 * j * kPiece);
+        uint4 upper = load_chunk(from), lower = load_chunk(from + uint32_t(8 * C * 2));
+        if (!valid) upper = lower = make_uint4(0, 0, 0, 0);
         const uint32_t a0[4] = {upper.x, lower.x, upper.y, lower.y};
         const uint32_t a1[4] = {upper.z, lower.z, upper.w, lower.w};
 #pragma unroll
         for (int group = 0; group < GROUPS; ++group) {
-          mma_m16n8k16<Element>(sums[0][group], a0, of_tokens[j][group].x, of_tokens[j][group].y);
-          mma_m16n8k16<Element>(sums[1][group], a1, of_tokens[j][group].z, of_tokens[j][group].w);
+          uint4 of_token = make_uint4(0, 0, 0, 0);
+          if (8 * group + g < tokens) {
+            of_token = load_chunk(x_of_lane + at + uint32_t(group * 8 * 256 + ((4 * j + t) ^ (g & 1) << 2) * 16));
+          }
+          mma_m16n8k16<Element>(sums[0][group], a0, of_token.x, of_token.y);
+          mma_m16n8k16<Element>(sums[1][group], a1, of_token.z, of_token.w);
         }
       }
       __syncwarp();
-      more = more && ahead.next(items, count, offset, step);
-      if (more) start(ahead, slot);
-      slot = next_slot, parity = next_parity, valid = next_valid, odd = !odd;
-    };
-    while (left && turn.item == item) {
-      if (odd) {
-        multiply(x_odd, x_even);
-      } else {
-        multiply(x_even, x_odd);
+      if (more) {
+        start_weights(ahead, slot);
+        start_x(ahead, slot, column);
+        more = ahead.next(items, count, offset, step);
+        if (more) column = column_of(ahead);
       }
+      if (++slot == slots) slot = 0, parity ^= 1;
+      left = turn.next(items, count, offset, step);
     }
     // [list][token][row]
     const int list = item % LISTS, of_list = tokens * kSlabRows;
@@ -347,8 +334,9 @@ Status product(const BlockSparseProduct& p, const CudaContext& context) {
   call.slabs_of_block = p.pattern.block_rows / kSlabRows;
   call.slabs = int(p.pattern.row_blocks() * call.slabs_of_block);
   const int lists = p.gate ? 2 : 1;
+  call.slot_bytes = kWeightBytes + int(p.tokens) * 256;
   // Two kernels of an MLP share a multiprocessor; else one has it alone.
-  call.slots = p.follows ? (p.tokens > 8 ? 2 : 3) : p.gate ? 3 : kMostSlots;
+  call.slots = p.gate || p.follows ? (p.tokens > 4 ? 2 : 3) : p.tokens > 2 ? 3 : 5;
   // One slab for a warp, if there are as many; of more, two warps share one, so that all end at about the same time.
   const int64_t warps = int64_t(context.multiprocessors) * kWarps;
   call.team = 1;

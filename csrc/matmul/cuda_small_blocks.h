@@ -15,7 +15,10 @@ namespace sparsekit::cuda {
 
 struct ProductCall;
 
-constexpr int kSmallFeatures = 512, kSmallChunk = 32;
+#ifndef SMALL_CTAS
+#define SMALL_CTAS 2
+#endif
+constexpr int kSmallCtas = SMALL_CTAS, kSmallFeatures = 256 * kSmallCtas, kSmallChunk = 32;
 
 struct SmallBlocks {
   int lists = 0;               // of a panel

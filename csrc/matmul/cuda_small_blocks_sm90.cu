@@ -101,13 +101,13 @@ Status product(const BlockSparseProduct& p, const CudaContext& context) {
                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kSmallSharedBytes);
   if (code != cudaSuccess) return status_of(code, "setting the product's shared memory");
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(2 * unsigned(std::min<int64_t>(arguments.tiles, std::max(context.multiprocessors / 2, 1))));
+  config.gridDim = dim3(kSmallCtas * unsigned(std::min<int64_t>(arguments.tiles, std::max(context.multiprocessors / kSmallCtas, 1))));
   config.blockDim = dim3(unsigned(kernel.threads));
   config.dynamicSmemBytes = kSmallSharedBytes;
   config.stream = static_cast<cudaStream_t>(context.stream);
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = 2, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
+  cluster.val.clusterDim.x = kSmallCtas, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
   config.numAttrs = 1;
   return status_of(cudaLaunchKernelEx(&config, kernel.kernel, arguments), "launching the block-sparse product");

@@ -39,7 +39,7 @@ constexpr int kSmallSharedBytes = kSmallRingBytes + 16 * kSmallStaging + kSmallS
 #endif
 template <int TILES, int LISTS>
 struct SmallShape {
-  static constexpr int kWarps = kSmallFeatures / 2 / (16 * TILES * LISTS), kThreads = kWarps * 32 + 128;
+  static constexpr int kWarps = 256 / (16 * TILES * LISTS), kThreads = kWarps * 32 + 128;
   static constexpr int kAhead = SMALL_RING1 && TILES * LISTS == 1 ? SMALL_RING1 : 4;  // power of 2: units of weights in registers
   static constexpr int kRegisters = kWarps == 16 ? 112 : 232, kLoadRegisters = kWarps == 16 ? 32 : 40;
 };
@@ -294,16 +294,16 @@ struct SmallList {
 /// The warp that loads x: every other chunk, for both CTAs.
 __device__ __forceinline__ void load_chunks(const SmallCall& arguments, SmallRing ring, int rank, int lane) {
   const SmallBlocks& blocks = arguments.blocks;
-  const int step = int(gridDim.x) / 2;
+  const int step = int(gridDim.x) / kSmallCtas;
   SmallWork work, next;
-  next.at(arguments, int(blockIdx.x) / 2);
+  next.at(arguments, int(blockIdx.x) / kSmallCtas);
   auto read_used = [&](const SmallWork& of, int first) {
     const int at = first + lane;
     return at < of.chunks ? blocks.used[int64_t(of.panel) * blocks.chunks + at] : 0;
   };
   int next_chunk = read_used(next, 0);
 #pragma unroll 1
-  for (int at = int(blockIdx.x) / 2; at < arguments.tiles; at += step) {
+  for (int at = int(blockIdx.x) / kSmallCtas; at < arguments.tiles; at += step) {
     work = next;
     const int count = work.chunks;
 #pragma unroll 1
@@ -321,7 +321,11 @@ __device__ __forceinline__ void load_chunks(const SmallCall& arguments, SmallRin
         const int here = min(count - first - i, kSmallGroup), mine = lane - i;
         if (lane == 0) mbarrier_expect(ring.full(), here * kSmallChunkBytes);
         __syncwarp();
-        if (mine >= 0 && mine < here && mine % 2 == rank) {
+        if (kSmallCtas == 1 && mine >= 0 && mine < here) {
+          tma_load(ring.stage() + uint32_t(mine * kSmallChunkBytes), &arguments.x, chunk * kSmallChunk,
+                   work.token_tile * kSmallTokens, 0, 0, ring.full());
+        }
+        if (kSmallCtas == 2 && mine >= 0 && mine < here && mine % 2 == rank) {
           tma_load_multicast(ring.stage() + uint32_t(mine * kSmallChunkBytes), &arguments.x, chunk * kSmallChunk,
                              work.token_tile * kSmallTokens, ring.full(), 3);
         }
@@ -339,14 +343,14 @@ __global__ void __launch_bounds__(SmallShape<TILES, LISTS>::kThreads, 1)
   using Shape = SmallShape<TILES, LISTS>;
   constexpr int kWarps = Shape::kWarps;
   extern __shared__ __align__(1024) char shared[];
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, rank = int(blockIdx.x) % 2;
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, rank = int(blockIdx.x) % kSmallCtas;
   SmallRing ring;
   ring.stages = shared_address(shared);
   ring.barriers = ring.stages + uint32_t(kSmallRingBytes + 16 * kSmallStaging);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSmallStages; ++i) {
       mbarrier_init(ring.barriers + uint32_t(i * 16), 1);
-      mbarrier_init(ring.barriers + uint32_t(i * 16) + 8, 2 * kWarps);  // of both CTAs
+      mbarrier_init(ring.barriers + uint32_t(i * 16) + 8, kSmallCtas * kWarps);  // of both CTAs
     }
     mbarrier_fence_init();
   }
@@ -358,9 +362,9 @@ __global__ void __launch_bounds__(SmallShape<TILES, LISTS>::kThreads, 1)
   }
   more_registers<Shape::kRegisters>();
   float* staging = reinterpret_cast<float*>(shared + kSmallRingBytes + warp * kSmallStaging);
-  const int of_panel = (rank * kWarps + warp) * LISTS, step = int(gridDim.x) / 2;
+  const int of_panel = (rank * kWarps + warp) * LISTS, step = int(gridDim.x) / kSmallCtas;
   const uint32_t lane_address = swizzled<64>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);  // address_columns16
-  const uint32_t other_barriers = address_in_cluster(ring.barriers, rank ^ 1);
+  const uint32_t other_barriers = address_in_cluster(ring.barriers, kSmallCtas == 2 ? rank ^ 1 : 0);
   SmallWork work;
   SmallList<Element, TILES, Shape::kAhead> lists[LISTS];
   auto begin = [&](int tile) {
@@ -368,9 +372,9 @@ __global__ void __launch_bounds__(SmallShape<TILES, LISTS>::kThreads, 1)
 #pragma unroll
     for (int l = 0; l < LISTS; ++l) lists[l].begin(arguments, work.panel * arguments.blocks.lists + of_panel + l);
   };
-  begin(int(blockIdx.x) / 2);
+  begin(int(blockIdx.x) / kSmallCtas);
 #pragma unroll 1
-  for (int at = int(blockIdx.x) / 2; at < arguments.tiles; at += step) {
+  for (int at = int(blockIdx.x) / kSmallCtas; at < arguments.tiles; at += step) {
     SmallTile<Element, TILES> tiles[LISTS];
 #pragma unroll
     for (int l = 0; l < LISTS; ++l) {
@@ -386,7 +390,7 @@ __global__ void __launch_bounds__(SmallShape<TILES, LISTS>::kThreads, 1)
       __syncwarp();
       if (lane == 0) {
         mbarrier_arrive(ring.empty());
-        mbarrier_arrive_in_cluster(other_barriers + ring.empty() - ring.barriers);
+        if (kSmallCtas == 2) mbarrier_arrive_in_cluster(other_barriers + ring.empty() - ring.barriers);
       }
       ring.ring.advance();
     }
