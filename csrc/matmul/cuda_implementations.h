@@ -19,7 +19,6 @@ struct CudaMatmul {
 };
 
 extern const CudaMatmul matmul_cuda_few_tokens;  // cuda_few_tokens_sm80.cu: 1 to 16 tokens
-extern const CudaMatmul matmul_cuda_stream_tokens;  // cuda_few_tokens_sm90.cu: the same on Hopper, streamed
 extern const CudaMatmul matmul_cuda_sm90;        // cuda_sm90.cu: Hopper, 16 bits, blocks of multiples of 64
 extern const CudaMatmul matmul_cuda_small_blocks;  // cuda_small_blocks_sm90.cu: Hopper, 16 bits, sides of 16 and 32
 extern const CudaMatmul matmul_cuda_sm80;        // cuda_sm80.cu: every problem

@@ -10,7 +10,7 @@
 namespace sparsekit::cuda {
 namespace {
 
-constexpr int kThreads = 1024, kWarps = kThreads / 32;
+constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ int inclusive_scan(int value, int lane) {

@@ -1,6 +1,6 @@
 // The lists of several block rows brought into the order in which cuda_small_blocks_sm90.cuh walks them.
 //
-// A panel is 512 features, the lists of 512 / list_size block rows (x W: block columns). The contraction is cut into
+// A panel is 256 features, the lists of 256 / list_size block rows (x W: block columns). The contraction is cut into
 // chunks of 32; what any of a panel's lists holds of x is loaded once, chunk after chunk. A unit is 16 numbers of the
 // contraction of a block. Units lie in their list's own extent, sorted by chunk, and their weights are packed as the
 // operands of mma.sync: a warp reads 512 contiguous bytes for 16 features, whichever way round the block is stored.
@@ -15,10 +15,7 @@ namespace sparsekit::cuda {
 
 struct ProductCall;
 
-#ifndef SMALL_CTAS
-#define SMALL_CTAS 2
-#endif
-constexpr int kSmallCtas = SMALL_CTAS, kSmallFeatures = 256 * kSmallCtas, kSmallChunk = 32;
+constexpr int kSmallFeatures = 256, kSmallChunk = 32;
 
 struct SmallBlocks {
   int lists = 0;               // of a panel

@@ -53,10 +53,16 @@ const char* refuses(const BlockSparseProduct& p, const CudaContext& context) {
       (p.tokens / kSmallTokens + 1) * panels > int64_t(1) << 30) {
     return "weight: supported are below 2^29 blocks";
   }
+  // Fewer tiles than every other multiprocessor can have are better off narrower.
+  const int64_t features = p.transposed ? w.cols : w.rows;
+  const int64_t tiles = (p.tokens + kSmallTokens - 1) / kSmallTokens * ((features + kSmallFeatures - 1) / kSmallFeatures);
+  if (2 * tiles < context.multiprocessors) {
+    return "tokens: supported are tiles of 128 x 256 features for every other multiprocessor";
+  }
   SharedMemory card;
   if (!shared_memory_of_device(&card).ok()) return "the device's shared memory is unknown";
   if (small_blocks_shared_bytes(small_blocks_of(product_call(p))) > card.per_block - 1024) {
-    return "weight: supported are up to about 50,000 columns";
+    return "weight: supported are up to about 100,000 columns";
   }
   return nullptr;
 }
@@ -71,11 +77,8 @@ struct SmallKernel {
 };
 template <class Element>
 SmallKernel kernel_of(int tiles) {
-#ifndef SMALL_LISTS
-#define SMALL_LISTS 1
-#endif
-  if (tiles == 1) return {small_blocks_kernel<Element, 1, SMALL_LISTS>, SmallShape<1, SMALL_LISTS>::kThreads};
-  return {small_blocks_kernel<Element, 2, 1>, SmallShape<2, 1>::kThreads};
+  if (tiles == 1) return {small_blocks_kernel<Element, 1>, SmallShape<1>::kThreads};
+  return {small_blocks_kernel<Element, 2>, SmallShape<2>::kThreads};
 }
 
 Status product(const BlockSparseProduct& p, const CudaContext& context) {
@@ -100,17 +103,10 @@ Status product(const BlockSparseProduct& p, const CudaContext& context) {
   const cudaError_t code = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel.kernel),
                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kSmallSharedBytes);
   if (code != cudaSuccess) return status_of(code, "setting the product's shared memory");
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(kSmallCtas * unsigned(std::min<int64_t>(arguments.tiles, std::max(context.multiprocessors / kSmallCtas, 1))));
-  config.blockDim = dim3(unsigned(kernel.threads));
-  config.dynamicSmemBytes = kSmallSharedBytes;
-  config.stream = static_cast<cudaStream_t>(context.stream);
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kSmallCtas, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  return status_of(cudaLaunchKernelEx(&config, kernel.kernel, arguments), "launching the block-sparse product");
+  const unsigned ctas = unsigned(std::min<int64_t>(arguments.tiles, context.multiprocessors));
+  kernel.kernel<<<ctas, unsigned(kernel.threads), kSmallSharedBytes, static_cast<cudaStream_t>(context.stream)>>>(
+      arguments);
+  return status_of(cudaGetLastError(), "launching the block-sparse product");
 }
 
 }  // namespace

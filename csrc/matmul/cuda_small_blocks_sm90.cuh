@@ -1,21 +1,19 @@
 // y = factor * act(x W^T + bias), or x W, of blocks with sides of 16 and 32, with mma.sync and TMA (Hopper).
 //
-// A cluster of two CTAs computes a tile of y^T of 512 features x 128 tokens, each half of the features. Each warp owns
-// one block row, 16 or 32 features x 128 tokens, so that no sum changes hands. Lists are sorted and weights packed
-// beforehand (cuda_small_blocks.h): a warp reads its weights as one stream, straight into operands, units ahead. x
-// comes in chunks of 32 of the contraction x 128 tokens, those that any block row of the cluster uses, each read from
-// L2 once for both CTAs (multicast), through a ring that one more warp fills. Warps walk the ring each at its own pace,
-// past the end of a tile into the next one: CTAs stay, one a multiprocessor.
+// A CTA computes a tile of y^T: 256 features x 128 tokens. Each warp owns one block row, 16 or 32 features x 128 tokens,
+// so that no sum changes hands. Lists are sorted and weights packed beforehand (cuda_small_blocks.h): a warp reads its
+// weights as one stream, straight into operands, units ahead. x comes in chunks of 32 of the contraction x 128 tokens,
+// those that any block row of the panel uses, through a ring that one more warp fills. Warps walk the ring each at its
+// own pace, past the end of a tile into the next one: CTAs stay, one a multiprocessor.
 //
 // Bound: shared memory, 256 B for 2,048 (32: 4,096) products, as fast as mma.sync for 16 features and half of it for 32;
-// L2 where blocks are few: at density d, 256 d / u flop for a byte of x, where u = 1 - (1 - d)^n of the chunks are
-// loaded and n blocks may use one (64 of 16 x 16, 16 of 32 x 32).
+// L2 where blocks are few: at density d, 128 d / u flop for a byte of x, where u = 1 - (1 - d)^n of the chunks are
+// loaded and n blocks may use one (32 of 16 x 16, 8 of 32 x 32).
 #pragma once
 
 #include <cuda.h>
 
 #include "common/cuda/barriers_sm90.cuh"
-#include "common/cuda/cluster_sm90.cuh"
 #include "common/cuda/tma_sm90.cuh"
 #include "matmul/cuda_product.cuh"
 #include "matmul/cuda_small_blocks.h"
@@ -24,24 +22,18 @@ namespace sparsekit::cuda {
 
 constexpr int kSmallTokens = 128;
 constexpr int kSmallChunkBytes = kSmallChunk * kSmallTokens * 2;
-#ifndef SMALL_GROUP
-#define SMALL_GROUP 4
-#endif
-constexpr int kSmallGroup = SMALL_GROUP, kSmallStages = 24 / SMALL_GROUP;  // chunks of a stage
+constexpr int kSmallGroup = 4, kSmallStages = 6;  // chunks of a stage
 constexpr int kSmallStageBytes = kSmallGroup * kSmallChunkBytes, kSmallRingBytes = kSmallStages * kSmallStageBytes;
 constexpr int kSmallStaging = 1536;  // of a warp: 256 numbers, rows 16 bytes apart
 constexpr int kSmallSharedBytes = kSmallRingBytes + 16 * kSmallStaging + kSmallStages * 16;
 
-// LISTS of a warp, each with TILES of 16 features. Warps that multiply, units that weights are read ahead, registers of
+// TILES of 16 features in a block row: warps that multiply, units of weights in registers (a power of 2), registers of
 // both roles.
-#ifndef SMALL_RING1
-#define SMALL_RING1 2
-#endif
-template <int TILES, int LISTS>
+template <int TILES>
 struct SmallShape {
-  static constexpr int kWarps = 256 / (16 * TILES * LISTS), kThreads = kWarps * 32 + 128;
-  static constexpr int kAhead = SMALL_RING1 && TILES * LISTS == 1 ? SMALL_RING1 : 4;  // power of 2: units of weights in registers
-  static constexpr int kRegisters = kWarps == 16 ? 112 : 232, kLoadRegisters = kWarps == 16 ? 32 : 40;
+  static constexpr int kWarps = kSmallFeatures / (16 * TILES), kThreads = kWarps * 32 + 128;
+  static constexpr int kUnits = TILES == 1 ? 2 : 4;
+  static constexpr int kRegisters = TILES == 1 ? 112 : 232, kLoadRegisters = TILES == 1 ? 32 : 40;
 };
 
 struct SmallCall {
@@ -215,7 +207,7 @@ struct SmallRing {
   __device__ __forceinline__ uint32_t empty() const { return full() + 8; }
 };
 
-/// A tile of the cluster, as tile_at<16> orders them, and a list of it.
+/// A tile, as tile_at<16> orders them.
 struct SmallWork {
   int token_tile = 0, panel = 0, chunks = 0;  // that the panel uses
 
@@ -291,19 +283,19 @@ struct SmallList {
   }
 };
 
-/// The warp that loads x: every other chunk, for both CTAs.
-__device__ __forceinline__ void load_chunks(const SmallCall& arguments, SmallRing ring, int rank, int lane) {
+/// The warp that loads x.
+__device__ __forceinline__ void load_chunks(const SmallCall& arguments, SmallRing ring, int lane) {
   const SmallBlocks& blocks = arguments.blocks;
-  const int step = int(gridDim.x) / kSmallCtas;
+  const int step = int(gridDim.x);
   SmallWork work, next;
-  next.at(arguments, int(blockIdx.x) / kSmallCtas);
+  next.at(arguments, int(blockIdx.x));
   auto read_used = [&](const SmallWork& of, int first) {
     const int at = first + lane;
     return at < of.chunks ? blocks.used[int64_t(of.panel) * blocks.chunks + at] : 0;
   };
   int next_chunk = read_used(next, 0);
 #pragma unroll 1
-  for (int at = int(blockIdx.x) / kSmallCtas; at < arguments.tiles; at += step) {
+  for (int at = int(blockIdx.x); at < arguments.tiles; at += step) {
     work = next;
     const int count = work.chunks;
 #pragma unroll 1
@@ -321,13 +313,9 @@ __device__ __forceinline__ void load_chunks(const SmallCall& arguments, SmallRin
         const int here = min(count - first - i, kSmallGroup), mine = lane - i;
         if (lane == 0) mbarrier_expect(ring.full(), here * kSmallChunkBytes);
         __syncwarp();
-        if (kSmallCtas == 1 && mine >= 0 && mine < here) {
+        if (mine >= 0 && mine < here) {
           tma_load(ring.stage() + uint32_t(mine * kSmallChunkBytes), &arguments.x, chunk * kSmallChunk,
                    work.token_tile * kSmallTokens, 0, 0, ring.full());
-        }
-        if (kSmallCtas == 2 && mine >= 0 && mine < here && mine % 2 == rank) {
-          tma_load_multicast(ring.stage() + uint32_t(mine * kSmallChunkBytes), &arguments.x, chunk * kSmallChunk,
-                             work.token_tile * kSmallTokens, ring.full(), 3);
         }
         __syncwarp();
         if (lane == 0) mbarrier_arrive(ring.full());
@@ -337,80 +325,66 @@ __device__ __forceinline__ void load_chunks(const SmallCall& arguments, SmallRin
   }
 }
 
-template <class Element, int TILES, int LISTS>
-__global__ void __launch_bounds__(SmallShape<TILES, LISTS>::kThreads, 1)
+template <class Element, int TILES>
+__global__ void __launch_bounds__(SmallShape<TILES>::kThreads, 1)
     small_blocks_kernel(const __grid_constant__ SmallCall arguments) {
-  using Shape = SmallShape<TILES, LISTS>;
+  using Shape = SmallShape<TILES>;
   constexpr int kWarps = Shape::kWarps;
   extern __shared__ __align__(1024) char shared[];
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, rank = int(blockIdx.x) % kSmallCtas;
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   SmallRing ring;
   ring.stages = shared_address(shared);
   ring.barriers = ring.stages + uint32_t(kSmallRingBytes + 16 * kSmallStaging);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSmallStages; ++i) {
       mbarrier_init(ring.barriers + uint32_t(i * 16), 1);
-      mbarrier_init(ring.barriers + uint32_t(i * 16) + 8, kSmallCtas * kWarps);  // of both CTAs
+      mbarrier_init(ring.barriers + uint32_t(i * 16) + 8, kWarps);
     }
     mbarrier_fence_init();
   }
-  cluster_sync();
+  __syncthreads();
   if (warp >= kWarps) {
     fewer_registers<Shape::kLoadRegisters>();
-    if (warp == kWarps) load_chunks(arguments, ring, rank, lane);
+    if (warp == kWarps) load_chunks(arguments, ring, lane);
     return;
   }
   more_registers<Shape::kRegisters>();
+  const Output& out = arguments.call.out;
   float* staging = reinterpret_cast<float*>(shared + kSmallRingBytes + warp * kSmallStaging);
-  const int of_panel = (rank * kWarps + warp) * LISTS, step = int(gridDim.x) / kSmallCtas;
+  const int step = int(gridDim.x);
   const uint32_t lane_address = swizzled<64>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);  // address_columns16
-  const uint32_t other_barriers = address_in_cluster(ring.barriers, kSmallCtas == 2 ? rank ^ 1 : 0);
   SmallWork work;
-  SmallList<Element, TILES, Shape::kAhead> lists[LISTS];
+  SmallList<Element, TILES, Shape::kUnits> list;
   auto begin = [&](int tile) {
     work.at(arguments, tile);
-#pragma unroll
-    for (int l = 0; l < LISTS; ++l) lists[l].begin(arguments, work.panel * arguments.blocks.lists + of_panel + l);
+    list.begin(arguments, work.panel * kWarps + warp);
   };
-  begin(int(blockIdx.x) / kSmallCtas);
+  begin(int(blockIdx.x));
 #pragma unroll 1
-  for (int at = int(blockIdx.x) / kSmallCtas; at < arguments.tiles; at += step) {
-    SmallTile<Element, TILES> tiles[LISTS];
-#pragma unroll
-    for (int l = 0; l < LISTS; ++l) {
-      tiles[l].clear();
-      lists[l].code = __shfl_sync(0xffffffffu, lists[l].group, 0);
-    }
+  for (int at = int(blockIdx.x); at < arguments.tiles; at += step) {
+    SmallTile<Element, TILES> tile;
+    tile.clear();
+    list.code = __shfl_sync(0xffffffffu, list.group, 0);
 #pragma unroll 1
     for (int first = 0; first < work.chunks; first += kSmallGroup) {
       mbarrier_wait(ring.full(), ring.ring.parity);
       const uint32_t stage = ring.stage() + lane_address - uint32_t(first * kSmallChunkBytes);
-#pragma unroll
-      for (int l = 0; l < LISTS; ++l) lists[l].multiply(tiles[l], stage, 2 * (first + kSmallGroup));
+      list.multiply(tile, stage, 2 * (first + kSmallGroup));
       __syncwarp();
-      if (lane == 0) {
-        mbarrier_arrive(ring.empty());
-        if (kSmallCtas == 2) mbarrier_arrive_in_cluster(other_barriers + ring.empty() - ring.barriers);
-      }
+      if (lane == 0) mbarrier_arrive(ring.empty());
       ring.ring.advance();
     }
     const int64_t token = int64_t(work.token_tile) * kSmallTokens;
-    const int list = work.panel * arguments.blocks.lists + of_panel;
+    const int64_t feature = int64_t(work.panel * kWarps + warp) * (16 * TILES);
     // The next tile's first weights arrive while this one is written.
     if (at + step < arguments.tiles) begin(at + step);
-#pragma unroll
-    for (int l = 0; l < LISTS; ++l) {
-      const int64_t feature = int64_t(list + l) * (16 * TILES);
-      if (feature >= arguments.call.out.features) continue;
-      if (arguments.plain) {
-        tiles[l].store_plain(arguments.call.out, token, feature, staging, lane);
-      } else {
-        tiles[l].store(arguments.call.out, token, feature, staging, lane);
-      }
+    if (feature >= out.features) continue;
+    if (arguments.plain) {
+      tile.store_plain(out, token, feature, staging, lane);
+    } else {
+      tile.store(out, token, feature, staging, lane);
     }
   }
-  __syncwarp();
-  cluster_sync();  // whoever has ended is still arrived at, and loaded into
 }
 
 }  // namespace sparsekit::cuda

@@ -5,7 +5,6 @@ namespace sparsekit {
 namespace {
 
 constexpr const CudaMatmul* table[] = {
-    &matmul_cuda_stream_tokens,
     &matmul_cuda_few_tokens,
     &matmul_cuda_sm90,
     &matmul_cuda_small_blocks,
