@@ -18,9 +18,9 @@ struct CudaMatmul {
   Status (*sddmm)(const BlockSddmm& sddmm, const CudaContext& context);
 };
 
-extern const CudaMatmul matmul_cuda_few_tokens;  // cuda_few_tokens_sm80.cu: 1 to 16 tokens
-extern const CudaMatmul matmul_cuda_sm90;        // cuda_sm90.cu: Hopper, 16 bits, blocks of multiples of 64
+extern const CudaMatmul matmul_cuda_few_tokens;    // cuda_few_tokens_sm80.cu: 1 to 16 tokens
+extern const CudaMatmul matmul_cuda_sm90;          // cuda_sm90.cu: Hopper, 16 bits, blocks of multiples of 64
 extern const CudaMatmul matmul_cuda_small_blocks;  // cuda_small_blocks_sm90.cu: Hopper, 16 bits, sides of 16 and 32
-extern const CudaMatmul matmul_cuda_sm80;        // cuda_sm80.cu: every problem
+extern const CudaMatmul matmul_cuda_sm80;          // cuda_sm80.cu: every problem
 
 }  // namespace sparsekit

@@ -43,14 +43,14 @@ struct Step {
 template <class Element, bool TA, bool TB, int BOXES>
 __device__ __forceinline__ void wgmma_m64(float (&d)[kSums], uint64_t a, uint64_t b, bool accumulate) {
 #define SPARSEKIT_WGMMA(N, COUNT, A, B, P, TAKES_A, TAKES_B, TYPE)                                                     \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE     \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE      \
                "." TYPE " {" SPARSEKIT_NAMES_OF_##COUNT "}, %" A ", %" B ", p, 1, 1, %" TAKES_A ", %" TAKES_B ";\n}\n" \
                : SPARSEKIT_OPERANDS_OF_##COUNT                                                                         \
                : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(TA)), "n"(int(TB)))
-#define SPARSEKIT_WGMMA_OF(TYPE)                                                                \
-  if constexpr (BOXES == 1) SPARSEKIT_WGMMA("64", 32, "32", "33", "34", "35", "36", TYPE);      \
-  if constexpr (BOXES == 2) SPARSEKIT_WGMMA("128", 64, "64", "65", "66", "67", "68", TYPE);     \
-  if constexpr (BOXES == 3) SPARSEKIT_WGMMA("192", 96, "96", "97", "98", "99", "100", TYPE);    \
+#define SPARSEKIT_WGMMA_OF(TYPE)                                                             \
+  if constexpr (BOXES == 1) SPARSEKIT_WGMMA("64", 32, "32", "33", "34", "35", "36", TYPE);   \
+  if constexpr (BOXES == 2) SPARSEKIT_WGMMA("128", 64, "64", "65", "66", "67", "68", TYPE);  \
+  if constexpr (BOXES == 3) SPARSEKIT_WGMMA("192", 96, "96", "97", "98", "99", "100", TYPE); \
   if constexpr (BOXES == 4) SPARSEKIT_WGMMA("256", 128, "128", "129", "130", "131", "132", TYPE)
   if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
     SPARSEKIT_WGMMA_OF("bf16");
@@ -83,15 +83,11 @@ struct Pipeline {
   }
 };
 
-struct Nothing {
-  __device__ __forceinline__ void operator()() const {}
-};
-
-/// d = the product of the next `steps` (one or more) steps of the ring, all of whose stages it releases. `meanwhile` is
-/// called once for each step, while its products run. Of B, BOXES times 64 columns from byte `b_of` of a stage on.
-template <class Element, bool TA, bool TB, bool SPLIT, int BOXES = 4, class Meanwhile = Nothing>
+/// d = the product of the next `steps` (one or more) steps of the ring, all of whose stages it releases. Of B, BOXES
+/// times 64 columns from byte `b_of` of a stage on.
+template <class Element, bool TA, bool TB, bool SPLIT, int BOXES = 4>
 __device__ __forceinline__ void multiply(float (&d)[kSums], Pipeline<SPLIT>& pipeline, int32_t steps, int group,
-                                         int b_of, Meanwhile meanwhile = {}) {
+                                         int b_of) {
   constexpr uint32_t kStepA = (TA ? 2048 : 32) / 16, kStepB = (TB ? 2048 : 32) / 16;  // of 16 numbers
   const bool leader = threadIdx.x % 32 == 0;
   uint32_t before = 0;  // the barrier to arrive at when the products of the step before have ended
@@ -106,7 +102,6 @@ __device__ __forceinline__ void multiply(float (&d)[kSums], Pipeline<SPLIT>& pip
       wgmma_m64<Element, TA, TB, BOXES>(d, descriptor(a + k * kStepA), descriptor(b + k * kStepB), step > 0 || k > 0);
     }
     wgmma_commit();
-    meanwhile();
     wgmma_wait<1>();
     if (step > 0 && leader) mbarrier_arrive(before);
     before = pipeline.empty();

@@ -366,7 +366,8 @@ __global__ void __launch_bounds__(kThreads90, 1) product_kernel_90(const __grid_
     const Work next = work_at<SPLIT, MODE>(arguments, order, tile_of_round(round + 1));  // arrives during the products
     [[maybe_unused]] uint32_t kept[MODE == Mode::gated ? kSums / 2 : 1];
     if constexpr (MODE == Mode::gated) {
-      multiply<Element, TA, TB, SPLIT>(d, pipeline, steps_of(arguments.gate, work.gate), group, Step<SPLIT>::b_of(group));
+      multiply<Element, TA, TB, SPLIT>(d, pipeline, steps_of(arguments.gate, work.gate), group,
+                                       Step<SPLIT>::b_of(group));
       finish_sums(d, call.out.activation, 0.f, 0.f);
 #pragma unroll
       for (int i = 0; i < kSums / 2; ++i) kept[i] = pack<Element>(d[2 * i], d[2 * i + 1]);

@@ -127,9 +127,8 @@ __global__ void pack_weights(const __grid_constant__ ProductCall call, const __g
   for (int unit = 0; unit < blocks.units; ++unit) {
     for (int tile = 0; tile < blocks.tiles; ++tile) {
       const int feature = 16 * tile + lane / 4, inner = 16 * unit + lane % 4 * 2;
-      blocks.fragments[((at * blocks.units + unit) * blocks.tiles + tile) * 32 + lane] =
-          make_uint4(pair(feature, inner), pair(feature + 8, inner), pair(feature, inner + 8),
-                     pair(feature + 8, inner + 8));
+      blocks.fragments[((at * blocks.units + unit) * blocks.tiles + tile) * 32 + lane] = make_uint4(
+          pair(feature, inner), pair(feature + 8, inner), pair(feature, inner + 8), pair(feature + 8, inner + 8));
     }
   }
 }

@@ -18,9 +18,9 @@ struct ProductCall;
 constexpr int kSmallFeatures = 256, kSmallChunk = 32;
 
 struct SmallBlocks {
-  int lists = 0;               // of a panel
-  int tiles = 0;               // of 16 features in a list
-  int units = 0;               // in a block
+  int lists = 0;  // of a panel
+  int tiles = 0;  // of 16 features in a list
+  int units = 0;  // in a block
   int64_t panels = 0, chunks = 0;
   uint4* fragments = nullptr;  // [nnz, units, tiles, 32 lanes]
   int2* entries = nullptr;     // [nnz]: the block's place in values, and where it begins in the contraction

@@ -26,10 +26,10 @@ Status make_map(CUtensorMap* map, const BlockSparseProduct& p, int64_t inner) {
   const cuuint64_t row = cuuint64_t(std::max<int64_t>(p.input.token, 8)) * 2;
   const cuuint64_t extents[4] = {cuuint64_t(inner), cuuint64_t(p.tokens), 1, 1}, strides[3] = {row, row, row};
   const cuuint32_t box[4] = {kSmallChunk, kSmallTokens, 1, 1}, steps[4] = {1, 1, 1, 1};
-  const CUresult code = encode(
-      map, p.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-      const_cast<void*>(p.input.data), extents, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult code =
+      encode(map, p.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+             const_cast<void*>(p.input.data), extents, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (code == CUDA_SUCCESS) return {};
   return error(Status::Kind::failed, "cuTensorMapEncodeTiled failed with error %d for [%lld, %lld], stride %lld",
                int(code), (long long)p.tokens, (long long)inner, (long long)p.input.token);
@@ -55,7 +55,8 @@ const char* refuses(const BlockSparseProduct& p, const CudaContext& context) {
   }
   // Fewer tiles than every other multiprocessor can have are better off narrower.
   const int64_t features = p.transposed ? w.cols : w.rows;
-  const int64_t tiles = (p.tokens + kSmallTokens - 1) / kSmallTokens * ((features + kSmallFeatures - 1) / kSmallFeatures);
+  const int64_t tiles =
+      (p.tokens + kSmallTokens - 1) / kSmallTokens * ((features + kSmallFeatures - 1) / kSmallFeatures);
   if (2 * tiles < context.multiprocessors) {
     return "tokens: supported are tiles of 128 x 256 features for every other multiprocessor";
   }

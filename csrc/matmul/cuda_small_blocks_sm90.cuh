@@ -1,13 +1,13 @@
 // y = factor * act(x W^T + bias), or x W, of blocks with sides of 16 and 32, with mma.sync and TMA (Hopper).
 //
-// A CTA computes a tile of y^T: 256 features x 128 tokens. Each warp owns one block row, 16 or 32 features x 128 tokens,
-// so that no sum changes hands. Lists are sorted and weights packed beforehand (cuda_small_blocks.h): a warp reads its
-// weights as one stream, straight into operands, units ahead. x comes in chunks of 32 of the contraction x 128 tokens,
-// those that any block row of the panel uses, through a ring that one more warp fills. Warps walk the ring each at its
-// own pace, past the end of a tile into the next one: CTAs stay, one a multiprocessor.
+// A CTA computes a tile of y^T: 256 features x 128 tokens. Each warp owns one block row, 16 or 32 features x 128
+// tokens, so that no sum changes hands. Lists are sorted and weights packed beforehand (cuda_small_blocks.h): a warp
+// reads its weights as one stream, straight into operands, units ahead. x comes in chunks of 32 of the contraction x
+// 128 tokens, those that any block row of the panel uses, through a ring that one more warp fills. Warps walk the ring
+// each at its own pace, past the end of a tile into the next one: CTAs stay, one a multiprocessor.
 //
-// Bound: shared memory, 256 B for 2,048 (32: 4,096) products, as fast as mma.sync for 16 features and half of it for 32;
-// L2 where blocks are few: at density d, 128 d / u flop for a byte of x, where u = 1 - (1 - d)^n of the chunks are
+// Bound: shared memory, 256 B for 2,048 (32: 4,096) products, as fast as mma.sync for 16 features and half of it for
+// 32; L2 where blocks are few: at density d, 128 d / u flop for a byte of x, where u = 1 - (1 - d)^n of the chunks are
 // loaded and n blocks may use one (32 of 16 x 16, 8 of 32 x 32).
 #pragma once
 
@@ -44,8 +44,8 @@ struct SmallCall {
   bool plain;  // no bias, activation or factor; y in whole, aligned chunks of 8 features
 };
 
-/// What a warp has of a list of TILES * 16 features: sums[m][n][e] is feature 16 m + lane / 4 + 8 (e / 2), token 8 n + 2 (lane %
-/// 4) + e % 2 of it.
+/// What a warp has of a list of TILES * 16 features: sums[m][n][e] is feature 16 m + lane / 4 + 8 (e / 2), token 8 n +
+/// 2 (lane % 4) + e % 2 of it.
 template <class Element, int TILES>
 struct SmallTile {
   static constexpr int kFeatures = 16 * TILES, kTokens = kSmallTokens, kN = kTokens / 8;
@@ -86,7 +86,9 @@ struct SmallTile {
     constexpr int kRowBytes = 32 * TILES, kChunks = kRowBytes / 16, kRows = 32 / kChunks, kPassTokens = 32 / TILES;
     const uint32_t base = shared_address(staging);
     const int row = TILES == 1 ? lane / 16 * 8 + lane % 8 : lane % 8, chunk = TILES == 1 ? lane / 8 % 2 : lane / 8;
-    auto place = [](int r, int c) { return uint32_t(r * kRowBytes + (c ^ (TILES == 1 ? r >> 2 & 1 : r >> 1 & 3)) * 16); };
+    auto place = [](int r, int c) {
+      return uint32_t(r * kRowBytes + (c ^ (TILES == 1 ? r >> 2 & 1 : r >> 1 & 3)) * 16);
+    };
     const uint32_t matrices = base + place(row, chunk);
     const int r = lane / kChunks, first = int(min(out.tokens - token, int64_t(kTokens)));
     const int64_t f = feature + lane % kChunks * 8;
@@ -97,8 +99,8 @@ struct SmallTile {
 #pragma unroll
       for (int i = 0; i < kPassTokens / 8; i += 3 - TILES) {
         const int n = pass * (kPassTokens / 8) + i;
-        const float(&low)[4] = sums[0][n];
-        const float(&high)[4] = TILES == 1 ? sums[0][(n + 1) % kN] : sums[TILES - 1][n];
+        const float (&low)[4] = sums[0][n];
+        const float (&high)[4] = TILES == 1 ? sums[0][(n + 1) % kN] : sums[TILES - 1][n];
         asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
                          matrices + uint32_t(i * 8 * kRowBytes)),
                      "r"(pack<Element>(low[0], low[1])), "r"(pack<Element>(low[2], low[3])),
