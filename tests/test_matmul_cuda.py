@@ -405,4 +405,6 @@ def test_refusals(seed):
 def test_plan():
     assert plan(torch.bfloat16, (64, 64), 4)["few_tokens"] == "runs"
     assert plan(torch.bfloat16, (64, 64), 400)["sm80"] == "runs"
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert plan(torch.bfloat16, (32, 16), 400)["small_blocks"] == "runs"
     assert "float64" in plan(torch.float64, (64, 64), 400)["sm80"]

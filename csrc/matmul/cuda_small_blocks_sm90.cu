@@ -57,7 +57,7 @@ const char* refuses(const BlockSparseProduct& p, const CudaContext& context) {
   const int64_t features = p.transposed ? w.cols : w.rows;
   const int64_t tiles =
       (p.tokens + kSmallTokens - 1) / kSmallTokens * ((features + kSmallFeatures - 1) / kSmallFeatures);
-  if (2 * tiles < context.multiprocessors) {
+  if (features > 0 && 2 * tiles < context.multiprocessors) {
     return "tokens: supported are tiles of 128 x 256 features for every other multiprocessor";
   }
   SharedMemory card;
