@@ -22,7 +22,7 @@ namespace sparsekit::cuda {
 
 constexpr int kSmallTokens = 128;
 constexpr int kSmallChunkBytes = kSmallChunk * kSmallTokens * 2;
-constexpr int kSmallGroup = 4, kSmallStages = 6;  // chunks of a stage
+constexpr int kSmallGroup = 8, kSmallStages = 3;  // chunks of a stage
 constexpr int kSmallStageBytes = kSmallGroup * kSmallChunkBytes, kSmallRingBytes = kSmallStages * kSmallStageBytes;
 constexpr int kSmallStaging = 1536;  // of a warp: 256 numbers, rows 16 bytes apart
 constexpr int kSmallSharedBytes = kSmallRingBytes + 16 * kSmallStaging + kSmallStages * 16;
