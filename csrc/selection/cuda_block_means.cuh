@@ -45,7 +45,7 @@ size_t block_means_bytes(const BlockScores& p);
 /// Places of the workspace; `parts`: the means as parts.
 BlockMeans block_means_of(const BlockScores& p, void* workspace, bool parts);
 /// Fills them: means of all blocks, similarities and, with `diagonal`, the products of the diagonal.
-void find_block_means(const BlockScores& p, BlockMeans* means, bool diagonal, cudaStream_t stream);
+void find_block_means(const BlockScores& p, BlockMeans* means, bool diagonal, int multiprocessors, cudaStream_t stream);
 
 /// Block m of queries and n of keys of a sequence.
 struct BlockPair {

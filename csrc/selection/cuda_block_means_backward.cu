@@ -140,7 +140,7 @@ Status score_blocks_backward(const BlockScoresBackward& p, const CudaContext& co
   BlockMeans means = block_means_of(p, context.workspace, /*parts=*/false);
   BlockScoresBackward call = p;
   call.q_similarity = call.k_similarity = nullptr;
-  find_block_means(call, &means, false, stream);
+  find_block_means(call, &means, false, context.multiprocessors, stream);
   if (p.packed()) {  // rows and keys of no sequence; gradients are dense in memory
     const int64_t size = size_of(p.dtype) * p.head_dim;
     cudaMemsetAsync(p.grad_query.data, 0, size_t(p.len_q * p.heads_q * size), stream);

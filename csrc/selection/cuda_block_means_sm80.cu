@@ -10,6 +10,10 @@
 // earlier keys). So query and key are read once. Any other cut block is summed by a CTA of its own row of blocks, from
 // L2.
 //
+// The CTAs stay, and go over the problem block by block: a thread copies its own pieces of two blocks ahead to shared
+// memory (nobody else reads them: no barrier), also past the end of a key block, so that 64 KB per CTA are always on
+// their way. One barrier per block, for the sums of the warps.
+//
 // Bound: memory; 131,072 tokens, 32 heads over 8, D = 128, bf16: 1.34 GB.
 #include <algorithm>
 
@@ -221,104 +225,162 @@ void pool_blocks(const Pool& pool, int64_t batch, const Shares& shares, cudaStre
 
 // ---- means and the diagonal at once
 
-/// grid (blocks, key heads of all batches): key block n = blockIdx.x + `begin` and query block n - `shift` of the heads
-/// that share it; either may not exist.
+constexpr int kStages = 2, kWarps = kThreads / kWarp, kStageBytes = kRowsEach * kThreads * 16;
+
+struct Diagonal {
+  BlockScores p;
+  BlockMeans means;
+  Shares shares;
+  int begin = 0, blocks = 0;  // of the key blocks that have work
+  int shift = 0;              // key block n and query block n - shift meet on the diagonal
+  int64_t items = 0;          // blocks * key heads of all batches
+};
+
+/// A step of a CTA: part 0 of an item is the block of keys, parts 1 .. are those of the query heads that share it.
+/// Items go round the CTAs.
+struct DiagonalStep {
+  int64_t item;
+  int part = 0;
+
+  __device__ __forceinline__ void advance(const Diagonal& d) {
+    if (++part <= int(d.p.heads_q / d.p.heads_kv)) return;
+    part = 0;
+    item += gridDim.x;
+  }
+  __device__ __forceinline__ int n(const Diagonal& d) const { return d.begin + int(item % d.blocks); }
+  __device__ __forceinline__ int kv_head(const Diagonal& d) const { return int(item / d.blocks); }  // of all batches
+  __device__ __forceinline__ int64_t head(const Diagonal& d) const {                                // of all batches
+    return int64_t(kv_head(d)) * (d.p.heads_q / d.p.heads_kv) + part - 1;
+  }
+  /// Rows of the block that exist.
+  __device__ __forceinline__ int rows(const Diagonal& d) const {
+    const int block = d.p.lists.block_k, at = part == 0 ? n(d) : n(d) - d.shift;
+    return at < 0 ? 0 : int(clamped((part == 0 ? d.p.len_k : d.p.len_q) - int64_t(at) * block, 0, block));
+  }
+};
+
+/// Element `i` of every thread's piece becomes the sum over the groups of its warp up to its own.
+template <int SIZE>
+__device__ __forceinline__ void scan_groups(float (&x)[SIZE], int lanes) {
+  for (int step = lanes; step < kWarp; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) {
+      const float other = __shfl_up_sync(kLanes, x[i], step);
+      if (lane_of() >= step) x[i] += other;
+    }
+  }
+}
+
+/// One CTA for every place on the card: key blocks, and the query blocks of the heads that share them.
 template <class Element>
-__global__ void __launch_bounds__(kThreads, 2)
-    pool_diagonal(BlockScores p, BlockMeans means, Shares shares, int begin, int shift) {
+__global__ void __launch_bounds__(kThreads, 2) pool_diagonal(Diagonal d) {
   constexpr int size = Piece<Element>::size;
-  __shared__ float parts[kThreads * size];
-  __shared__ float sums[kThreads / kWarp];
-  const int n = int(blockIdx.x) + begin, m = n - shift, block = p.lists.block_k, dim = p.head_dim;
-  const int kv_heads = int(p.heads_kv), heads_each = int(p.heads_q) / kv_heads;
-  const int b = int(blockIdx.y) / kv_heads, kv_head = int(blockIdx.y) % kv_heads;
-  const int lane = int(threadIdx.x) % shares.lanes, group = int(threadIdx.x) / shares.lanes;
-  const int keys = n < 0 ? 0 : int(clamped(p.len_k - int64_t(n) * block, 0, block));
-  const int rows = m < 0 ? 0 : int(clamped(p.len_q - int64_t(m) * block, 0, block));
-  const int width = shares.lanes * size, first = group * kRowsEach, own = int(threadIdx.x) * size;
-  const bool used = lane * size < dim;
+  extern __shared__ __align__(128) unsigned char dynamic_shared[];
+  auto* stages = reinterpret_cast<uint4*>(dynamic_shared);  // [kStages][kRowsEach][kThreads]: each thread its own
+  auto* sums = reinterpret_cast<float*>(dynamic_shared + kStages * kStageBytes);  // [2][kWarps][width]
+  __shared__ float products[2][kWarps];
+  const BlockScores& p = d.p;
+  const Shares shares = d.shares;
+  const int lane = int(threadIdx.x) % shares.lanes, first = int(threadIdx.x) / shares.lanes * kRowsEach;
+  const int width = shares.lanes * size, dim = p.head_dim, column = lane * size;
+  const bool last_group = lane_of() >= kWarp - shares.lanes;  // of its warp
+  const int heads_kv = int(p.heads_kv), heads_each = int(p.heads_q / p.heads_kv);
 
-  __shared__ uint4 key[kRowsEach][kThreads];  // each thread its own: registers are for two heads' queries
-  const Element* keys_from = rows_of<Element>(p.key, b, kv_head, int64_t(max(n, 0)) * block) + lane * size;
+  auto load = [&](const DiagonalStep& step, int stage) {
+    if (step.item < d.items) {
+      const int rows = step.rows(d), b = step.kv_head(d) / heads_kv, kv_head = step.kv_head(d) % heads_kv;
+      const bool keys = step.part == 0;
+      const InputView& view = keys ? p.key : p.query;
+      const int64_t row = rows == 0 ? 0 : int64_t(keys ? step.n(d) : step.n(d) - d.shift) * p.lists.block_k + first;
+      const auto* from = rows_of<Element>(view, b, keys ? kv_head : kv_head * heads_each + step.part - 1, row) + column;
 #pragma unroll
-  for (int r = 0; r < kRowsEach; ++r) {
-    Piece<Element> piece;
-    piece.load(keys_from + int64_t(first + r) * p.key.row, used && first + r < keys);
-    key[r][threadIdx.x] = piece.bits;
-  }
-  {
-    float sum[size] = {};
-#pragma unroll
-    for (int r = 0; r < kRowsEach; ++r) {
-      float x[size];
-      Piece<Element>{key[r][threadIdx.x]}.widen(x);
-#pragma unroll
-      for (int i = 0; i < size; ++i) sum[i] += x[i];
+      for (int r = 0; r < kRowsEach; ++r) {
+        const bool valid = column < dim && first + r < rows;
+        const void* source = valid ? from + r * view.row : static_cast<const Element*>(view.data);
+        copy_async_16(shared_address(stages + (stage * kRowsEach + r) * kThreads + threadIdx.x), source, valid);
+      }
     }
-    put_piece(parts, sum);
-  }
-  for (int d = int(threadIdx.x); d < width; d += kThreads) {  // the sum of the groups before each
-    float x = 0.f;
-    for (int g = 0; g < shares.groups; ++g) {
-      const float here = parts[g * width + d];
-      parts[g * width + d] = x;
-      x += here;
-    }
-    if (keys > 0 && d < dim) {
-      means.k.put(((int64_t(b) * kv_heads + kv_head) * means.k_blocks + n) * dim + d, x / float(keys));
-    }
-  }
-  __syncthreads();
-  if (rows == 0) return;
-  float before[size];
-#pragma unroll
-  for (int i = 0; i < size; ++i) before[i] = parts[own + i];
-  __syncthreads();
-
-  auto load = [&](int h, Piece<Element>(&to)[kRowsEach]) {
-    const Element* rows_from = rows_of<Element>(p.query, b, h, int64_t(m) * block) + lane * size;
-#pragma unroll
-    for (int r = 0; r < kRowsEach; ++r) {
-      to[r].load(rows_from + int64_t(first + r) * p.query.row, used && first + r < rows);
-    }
+    copy_async_commit();
   };
-  Piece<Element> query[kRowsEach], next[kRowsEach];
-  load(kv_head * heads_each, query);
-  for (int h = kv_head * heads_each; h < (kv_head + 1) * heads_each; ++h) {
-    if (h + 1 < (kv_head + 1) * heads_each) load(h + 1, next);  // under way while this head is summed
-    float sum[size] = {}, seen[size], product = 0.f;
+
+  DiagonalStep now, ahead;
+  now.item = ahead.item = blockIdx.x;
+  for (int stage = 0; stage < kStages; ++stage, ahead.advance(d)) load(ahead, stage);
+  Piece<Element> key[kRowsEach];
+  float before[size];  // the sum of the keys in the rows of other threads, before this one's
+  for (int at = 0; now.item < d.items; ++at, now.advance(d), ahead.advance(d)) {
+    const int stage = at % kStages, rows = now.rows(d);
+    copy_async_wait<kStages - 1>();
+    Piece<Element> piece[kRowsEach];
 #pragma unroll
-    for (int i = 0; i < size; ++i) seen[i] = before[i];
+    for (int r = 0; r < kRowsEach; ++r) piece[r].bits = stages[(stage * kRowsEach + r) * kThreads + threadIdx.x];
+    load(ahead, stage);
+    float* mine = sums + at % 2 * kWarps * width;
+    float sum[size] = {};
+    if (now.part == 0) {
 #pragma unroll
-    for (int r = 0; r < kRowsEach; ++r) {
-      float q[size], k[size];
-      query[r].widen(q);
-      Piece<Element>{key[r][threadIdx.x]}.widen(k);
-      float here = 0.f;
+      for (int r = 0; r < kRowsEach; ++r) {
+        float x[size];
+        key[r] = piece[r];
+        key[r].widen(x);
+#pragma unroll
+        for (int i = 0; i < size; ++i) sum[i] += x[i];
+      }
+    } else {
+      float seen[size], product = 0.f;
+#pragma unroll
+      for (int i = 0; i < size; ++i) seen[i] = before[i];
+#pragma unroll
+      for (int r = 0; r < kRowsEach; ++r) {
+        float q[size], k[size], here = 0.f;
+        piece[r].widen(q);
+        key[r].widen(k);
+#pragma unroll
+        for (int i = 0; i < size; ++i) {
+          seen[i] += k[i];
+          sum[i] += q[i];
+          here = fmaf(q[i], seen[i], here);
+        }
+        if (first + r < rows) product += here;  // what does not exist meets no NaN
+      }
+      for (int step = 16; step > 0; step /= 2) product += __shfl_xor_sync(kLanes, product, step);
+      if (lane_of() == 0) products[at % 2][warp_of()] = product;
+    }
+    scan_groups(sum, shares.lanes);
+    if (last_group) {
+#pragma unroll
+      for (int i = 0; i < size; ++i) mine[warp_of() * width + column + i] = sum[i];
+    }
+    __syncthreads();  // also: all have read what the step after the next writes
+    if (now.part == 0) {
 #pragma unroll
       for (int i = 0; i < size; ++i) {
-        seen[i] += k[i];
-        sum[i] += q[i];
-        here = fmaf(q[i], seen[i], here);
+        before[i] = shares.lanes < kWarp ? __shfl_up_sync(kLanes, sum[i], shares.lanes) : 0.f;
+        if (lane_of() < shares.lanes) before[i] = 0.f;
       }
-      if (first + r < rows) product += here;  // what does not exist meets no NaN
-    }
-    for (int step = 16; step > 0; step /= 2) product += __shfl_xor_sync(kLanes, product, step);
-    if (lane_of() == 0) sums[warp_of()] = product;
-    put_piece(parts, sum);
-    const int64_t result = (int64_t(b) * p.heads_q + h) * p.q_blocks + m;
-    for (int d = int(threadIdx.x); d < dim; d += kThreads) {
-      means.q.put(result * dim + d, sum_groups(parts, shares, size, d) / float(rows));
-    }
-    if (threadIdx.x == 0) {
-      float x = 0.f;
-      for (int w = 0; w < kThreads / kWarp; ++w) x += sums[w];
-      means.diagonal[result] = x;
-    }
-    __syncthreads();
+      for (int w = 0; w < warp_of(); ++w) {
 #pragma unroll
-    for (int r = 0; r < kRowsEach; ++r) query[r] = next[r];
+        for (int i = 0; i < size; ++i) before[i] += mine[w * width + column + i];
+      }
+    }
+    if (rows == 0) continue;
+    const Means& means = now.part == 0 ? d.means.k : d.means.q;
+    const int64_t block = now.part == 0 ? int64_t(now.kv_head(d)) * d.means.k_blocks + now.n(d)
+                                        : now.head(d) * p.q_blocks + now.n(d) - d.shift;
+    for (int e = int(threadIdx.x); e < dim; e += kThreads) {
+      float x = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) x += mine[w * width + e];
+      means.put(block * dim + e, x / float(rows));
+    }
+    if (now.part > 0 && threadIdx.x == 0) {
+      float x = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) x += products[at % 2][w];
+      d.means.diagonal[block] = x;
+    }
   }
+  copy_async_wait<0>();
 }
 
 /// Whether each query block has one cut block, from corner to corner, that the threads of pool_diagonal hold.
@@ -328,13 +390,20 @@ bool on_diagonal(const BlockScores& p, const Shares& shares) {
 }
 
 template <class Element>
-void find_means(const BlockScores& p, BlockMeans* means, bool diagonal, cudaStream_t stream) {
+void find_means(const BlockScores& p, BlockMeans* means, bool diagonal, int multiprocessors, cudaStream_t stream) {
   const Shares shares = shares_of(p);
   if (diagonal && on_diagonal(p, shares)) {
-    const int64_t shift = (p.len_k - p.len_q) / p.lists.block_k, begin = shift < 0 ? shift : 0;
-    const int64_t end = std::max(means->k_blocks, p.q_blocks + shift);
-    launch(pool_diagonal<Element>, dim3(unsigned(end - begin), unsigned(p.batch * p.heads_kv)), kThreads, 0, stream, p,
-           *means, shares, int(begin), int(shift));
+    Diagonal d;
+    d.p = p;
+    d.means = *means;
+    d.shares = shares;
+    d.shift = int((p.len_k - p.len_q) / p.lists.block_k);
+    d.begin = std::min(d.shift, 0);
+    d.blocks = int(std::max(means->k_blocks, p.q_blocks + d.shift) - d.begin);
+    d.items = d.blocks * p.batch * p.heads_kv;
+    const size_t bytes = kStages * kStageBytes + 2 * kWarps * shares.lanes * Piece<Element>::size * sizeof(float);
+    const int64_t ctas = std::min<int64_t>(d.items, 2 * std::max(multiprocessors, 1));
+    if (ctas > 0) launch(pool_diagonal<Element>, unsigned(ctas), kThreads, bytes, stream, d);
     return;
   }
   means->diagonal = nullptr;
@@ -407,13 +476,14 @@ BlockMeans block_means_of(const BlockScores& p, void* workspace, bool parts) {
   return means;
 }
 
-void find_block_means(const BlockScores& p, BlockMeans* means, bool diagonal, cudaStream_t stream) {
+void find_block_means(const BlockScores& p, BlockMeans* means, bool diagonal, int multiprocessors,
+                      cudaStream_t stream) {
   list_spans_of(means->blocks, stream);
   list_spans_of(means->tiles, stream);
   switch (p.dtype) {
-    case DType::f16: return find_means<__half>(p, means, diagonal, stream);
-    case DType::bf16: return find_means<__nv_bfloat16>(p, means, diagonal, stream);
-    default: return find_means<float>(p, means, diagonal, stream);
+    case DType::f16: return find_means<__half>(p, means, diagonal, multiprocessors, stream);
+    case DType::bf16: return find_means<__nv_bfloat16>(p, means, diagonal, multiprocessors, stream);
+    default: return find_means<float>(p, means, diagonal, multiprocessors, stream);
   }
 }
 

@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kThreads) score_cut_blocks(BlockScores p, Span
 Status score_block_means(const BlockScores& p, const CudaContext& context) {
   const auto stream = static_cast<cudaStream_t>(context.stream);
   BlockMeans means = block_means_of(p, context.workspace, /*parts=*/true);
-  find_block_means(p, &means, true, stream);
+  find_block_means(p, &means, true, context.multiprocessors, stream);
   const int64_t heads = p.batch * p.heads_q;
   if (p.q_blocks == 0 || p.key_blocks == 0) return launched("block_scores");
   if (p.packed()) fill(static_cast<float*>(p.scores), heads * p.q_blocks * p.key_blocks, -kInfinity, stream);

@@ -322,7 +322,7 @@ Status score_blocks(const BlockScores& s, const CudaContext& context) {
   run(f, antidiagonal ? Kind::antidiagonal : Kind::max, context.workspace, lse, context.multiprocessors, stream);
   if (s.q_similarity) {
     BlockMeans means = block_means_of(s, context.workspace, /*parts=*/false);
-    find_block_means(s, &means, false, stream);
+    find_block_means(s, &means, false, context.multiprocessors, stream);
   }
   return launched("block_scores");
 }
